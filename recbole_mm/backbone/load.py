@@ -1,0 +1,266 @@
+"""Loads a backbone: a Hugging Face model with its tokenizer, quantised and adapted as asked for.
+
+The classes are those of `transformers`; no modelling code is copied and no `AutoProcessor` is used,
+so that torchvision is not needed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recbole_mm.backbone.batch import PromptBatch
+from recbole_mm.backbone.families import FAMILIES, Family
+from recbole_mm.backbone.prompt import TextEncoder
+from recbole_mm.backbone.tiny import TinySizes, build_qwen2_vl, fingerprint, train_tokenizer
+from recbole_mm.backbone.vision import ItemImages
+from recbole_mm.errors import UserError, nearest
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_QUANTIZE = ("none", "nf4")
+_ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """A backbone's description: the YAML file in `properties/backbone/`, key by key.
+
+    Attributes:
+        name: as the user wrote it; goes into the result.
+        family: which entry of `FAMILIES`.
+        model: Hugging Face id or local folder.
+        revision: commit, branch or tag; None: the newest.
+        dtype: of the frozen weights: float32, bfloat16 or float16.
+        quantize: none or nf4 (never the vision tower, never the language model head).
+        attention: auto, sdpa, eager or flash_attention_2.
+        min_pixels: smallest picture after resizing, in pixels.
+        max_pixels: largest picture after resizing, in pixels.
+        lora_r: rank of the adapters; 0 trains no adapters but all weights.
+        lora_alpha: their scale is alpha / r.
+        lora_dropout: on their input.
+        gradient_checkpointing: trade time for memory.
+        is_tiny: the tiny form of the family instead of the weights of `model`.
+        tiny: its sizes.
+    """
+
+    name: str
+    family: str
+    model: str
+    min_pixels: int
+    max_pixels: int
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    quantize: str = "none"
+    attention: str = "auto"
+    lora_r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.05
+    gradient_checkpointing: bool = False
+    is_tiny: bool = False
+    tiny: Mapping[str, int] | None = None
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> BackboneSpec:
+        """A checked description.
+
+        Raises:
+            UserError: an unknown key or value; names the nearest known one.
+        """
+        known = {field.name for field in fields(cls)}
+        for key in mapping:
+            if key not in known:
+                raise UserError(f"backbone {mapping.get('name')}: no key '{key}'{nearest(key, known)}.")
+        spec = cls(**mapping)
+        for key, value, allowed in (
+            ("family", spec.family, FAMILIES),
+            ("dtype", spec.dtype, _DTYPES),
+            ("quantize", spec.quantize, _QUANTIZE),
+            ("attention", spec.attention, _ATTENTION),
+        ):
+            if value not in allowed:
+                raise UserError(f"{key} is '{value}': it is one of {', '.join(allowed)}.")
+        return spec
+
+
+class Backbone(nn.Module):
+    """A loaded model that reads prompts.
+
+    Attributes:
+        name: of the backbone, for the result.
+        model: the Hugging Face model, adapters in it.
+        family: what its family does its own way.
+        encoder: text to token ids.
+        trains_vision: whether the vision tower is trained.
+        tokenizer_fingerprint: SHA-256 of what decides the ids of a text.
+    """
+
+    def __init__(self, spec: BackboneSpec, model: nn.Module, tokenizer: Any) -> None:
+        super().__init__()
+        self.name, self.spec, self.model = spec.name, spec, model
+        self.tokenizer = tokenizer
+        self.encoder = TextEncoder(tokenizer)
+        self.family: Family = FAMILIES[spec.family](tokenizer, spec.min_pixels, spec.max_pixels)
+        tower = self.family.vision_tower(model)
+        self.trains_vision = any(p.requires_grad for p in tower.parameters())
+        self.tokenizer_fingerprint = fingerprint(tokenizer)
+        self.pad_id = int(tokenizer.pad_token_id)
+
+    @property
+    def head(self) -> nn.Module:
+        """The language model head. (…, D) -> (…, vocabulary)."""
+        model: Any = self.model
+        return model.lm_head
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def hidden(self, batch: PromptBatch, images: ItemImages, positions: int = 1) -> Tensor:
+        """Final hidden states of the last `positions` tokens of each prompt, in one forward pass.
+
+        Args:
+            batch: padded prompts.
+            images: where the rows of the batch's image items come from.
+            positions: S, tokens to read from the end of each prompt.
+
+        Returns:
+            Shape: (B, S, D).
+        """
+        batch = batch.to(self.device)
+        language_model = self.family.language_model(self.model)
+        embeds = self._embed(batch, images)  # (B, T, D)
+        states = language_model(
+            inputs_embeds=embeds, position_ids=batch.positions, use_cache=False
+        ).last_hidden_state  # (B, T, D)
+        back = torch.arange(positions - 1, -1, -1, device=states.device)
+        at = batch.last[:, None] - back  # (B, S)
+        return states.gather(1, at[:, :, None].expand(-1, -1, states.shape[2]))  # (B, S, D)
+
+    def _embed(self, batch: PromptBatch, images: ItemImages) -> Tensor:
+        """Token embeddings with image rows in their slots. Shape: (B, T, D)."""
+        model: Any = self.model
+        embeds: Tensor = model.get_input_embeddings()(batch.ids)  # (B, T, D)
+        if not batch.items:
+            return embeds
+        rows = torch.cat(images.rows(self.model, batch.items)).to(embeds)  # (n distinct, D)
+        flat = embeds.flatten(0, 1)  # (B * T, D)
+        return flat.index_copy(0, batch.image_at, rows[batch.image_row]).view_as(embeds)
+
+
+def load_backbone(
+    spec: BackboneSpec, texts: Iterable[str], fixed: Iterable[str], seed: int
+) -> Backbone:
+    """Loads, or for a tiny backbone builds, what `spec` describes.
+
+    Args:
+        spec: the description.
+        texts: the dataset's own texts, of which a tiny backbone's tokenizer is trained.
+        fixed: texts of the prompt template, likewise.
+        seed: of a tiny backbone's weights, and of new adapters.
+
+    Raises:
+        UserError: a package is missing, or the weights can be neither found nor fetched.
+    """
+    _require("transformers", "tokenizers")
+    if spec.is_tiny:
+        sizes = TinySizes(**(spec.tiny or {}))
+        tokenizer = train_tokenizer(texts, fixed, sizes.vocab_size)
+        return Backbone(spec, build_qwen2_vl(sizes, tokenizer, seed, _attention(spec)), tokenizer)
+    model, tokenizer = _pretrained(spec)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _adapt(model, spec)
+    return Backbone(spec, model, tokenizer)
+
+
+def _require(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"This model needs the package '{package}': pip install 'recbole-mm[llm]'."
+            )
+
+
+def _attention(spec: BackboneSpec) -> str:
+    """The attention implementation to ask for, given what is installed."""
+    usable = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    usable = usable and spec.dtype != "float32" and not spec.is_tiny
+    if spec.attention == "flash_attention_2" and not usable:
+        raise UserError(
+            "attention is flash_attention_2, which needs a CUDA GPU, the package flash-attn and "
+            "16-bit weights: set attention to auto or sdpa."
+        )
+    return ("flash_attention_2" if usable else "sdpa") if spec.attention == "auto" else spec.attention
+
+
+def _pretrained(spec: BackboneSpec) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+
+    settings: dict[str, Any] = {
+        "dtype": _DTYPES[spec.dtype],
+        "attn_implementation": _attention(spec),
+        "revision": spec.revision or "main",
+    }
+    if spec.quantize == "nf4":
+        settings["quantization_config"] = _nf4(spec)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spec.model, revision=spec.revision or "main")
+        model = Qwen2VLForConditionalGeneration.from_pretrained(spec.model, **settings)
+    except (OSError, ConnectionError) as error:
+        where = "that folder" if Path(spec.model).is_dir() else "the cache, and they cannot be fetched"
+        raise UserError(
+            f"The weights of backbone '{spec.name}' ({spec.model}) are not in {where}: choose "
+            "--backbone=tiny, which needs none, or --backbone=FOLDER with the weights in it."
+        ) from error
+    return model, tokenizer
+
+
+def _nf4(spec: BackboneSpec) -> Any:
+    _require("bitsandbytes", "accelerate")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_DTYPES[spec.dtype],
+        llm_int8_skip_modules=list(FAMILIES[spec.family].frozen_parts),
+    )
+
+
+def _adapt(model: Any, spec: BackboneSpec) -> None:
+    """Freezes the model and puts adapters on every Linear of the language model, in fp32."""
+    if spec.lora_r == 0:
+        if spec.quantize != "none":
+            raise UserError("lora_r is 0: quantised weights cannot be trained, set lora_r or quantize: none.")
+        return
+    _require("peft")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    skipped = FAMILIES[spec.family].frozen_parts
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not any(part in name for part in skipped)
+    ]
+    model.requires_grad_(False)
+    config = LoraConfig(
+        r=spec.lora_r,
+        lora_alpha=int(spec.lora_alpha),
+        lora_dropout=spec.lora_dropout,
+        target_modules=targets,
+        init_lora_weights="gaussian",
+    )
+    inject_adapter_in_model(config, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,0 +1,64 @@
+"""Scores of lettered candidates, read from the language model head (PRIME, section 3.2.3).
+
+The letters' rows of the head are applied to the hidden state at the one position where the answer
+begins; the logits of the whole vocabulary are never made.
+"""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recbole_mm.backbone.prompt import TextEncoder
+from recbole_mm.errors import UserError
+
+LETTERS = string.ascii_uppercase
+
+
+class Verbalizer:
+    """Candidate k of a prompt is letter k.
+
+    Args:
+        encoder: of the backbone's tokenizer.
+        candidates: K; at most 26.
+        answer_end: the special token that ends an answer.
+
+    Raises:
+        UserError: more candidates than letters, or a letter that is not one token.
+    """
+
+    def __init__(self, encoder: TextEncoder, candidates: int, answer_end: str) -> None:
+        if not 2 <= candidates <= len(LETTERS):
+            raise UserError(
+                f"n_candidates is {candidates}: the ranker names candidates by the letters A to Z, "
+                "so choose between 2 and 26."
+            )
+        self.letters = LETTERS[:candidates]
+        ids = [encoder.plain(letter) for letter in self.letters]
+        if any(len(tokens) != 1 for tokens in ids):
+            raise UserError(
+                "The backbone's tokenizer splits a capital letter into several tokens: "
+                "PRIME needs a backbone with single-token letters."
+            )
+        self.ids = [tokens[0] for tokens in ids]
+        self.end_id = encoder.trusted(answer_end)[0]
+
+    def logits(self, hidden: Tensor, head: nn.Module, count: int | None = None) -> Tensor:
+        """Letter logits in fp32.
+
+        Args:
+            hidden: final hidden state where the answer begins. Shape: (B, D).
+            head: the language model head, a Linear of the whole vocabulary.
+            count: number of letters to read; None: all K.
+
+        Returns:
+            Logits of the first `count` letters. Shape: (B, K).
+        """
+        layer: Any = head
+        rows = torch.as_tensor(self.ids[:count], device=hidden.device)
+        bias = None if layer.bias is None else layer.bias[rows].float()
+        return F.linear(hidden.float(), layer.weight[rows].float(), bias)  # (B, K)

@@ -1,0 +1,181 @@
+"""Feature rows of item pictures: of a frozen tower once for ever, of a trained one as it is now."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from recbole_mm.backbone.families import Family, Pixels
+from recbole_mm.backbone.prompt import Prompt
+
+Grid = tuple[int, int, int]
+_ENCODE_AT_ONCE = 64  # pictures in one pass of the tower, so that memory does not grow with items
+
+
+class FeatureLog:
+    """Append-only rows on disk by content: a killed job loses at most the record in flight.
+
+    Each process appends to a pair of files of its own (rows in ``.bin``, their index in
+    ``.jsonl``), and reads those of all. A half-written index line is passed over.
+
+    Args:
+        folder: made when the first rows are written.
+        width: numbers in a row.
+        dtype: of the rows; any torch type of 2 or 4 bytes.
+    """
+
+    def __init__(self, folder: Path, width: int, dtype: torch.dtype) -> None:
+        self.folder, self.width, self.dtype = folder, width, dtype
+        self._plain = {2: np.dtype(np.int16), 4: np.dtype(np.int32)}[dtype.itemsize]
+        self._found: dict[str, tuple[Path, int, int, Grid]] = {}
+        self._own = folder / uuid.uuid4().hex
+        for index in sorted(folder.glob("*.jsonl")):
+            self._found.update(self._read_index(index))
+
+    def _read_index(self, index: Path) -> Iterator[tuple[str, tuple[Path, int, int, Grid]]]:
+        rows_file = index.with_suffix(".bin")
+        size = rows_file.stat().st_size if rows_file.exists() else 0
+        for line in index.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                offset, rows = int(record["offset"]), int(record["rows"])
+                if offset + rows * self.width * self._plain.itemsize <= size:
+                    time, height, width = record["grid"]
+                    yield record["key"], (rows_file, offset, rows, (time, height, width))
+
+    def grid(self, key: str) -> Grid | None:
+        """The patch grid of what is stored under `key`."""
+        return self._found[key][3] if key in self._found else None
+
+    def read(self, key: str) -> Tensor | None:
+        """The rows stored under `key`. Shape: (n, width)."""
+        if key not in self._found:
+            return None
+        path, offset, rows, _ = self._found[key]
+        flat = np.fromfile(path, dtype=self._plain, count=rows * self.width, offset=offset)
+        return torch.from_numpy(flat).view(self.dtype).view(rows, self.width)
+
+    def append(self, key: str, grid: Grid, rows: Tensor) -> None:
+        """Stores rows (n, width) under `key`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        whole = rows.detach().to("cpu", self.dtype).contiguous()
+        path, index = self._own.with_suffix(".bin"), self._own.with_suffix(".jsonl")
+        with path.open("ab") as file:
+            offset = file.seek(0, os.SEEK_END)
+            file.write(whole.view(torch.int16 if self.dtype.itemsize == 2 else torch.int32).numpy())
+        record = {"key": key, "offset": offset, "rows": len(whole), "grid": list(grid)}
+        with index.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self._found[key] = (path, offset, len(whole), grid)
+
+
+class ItemImages:
+    """The pictures of items, as prompt pieces and as feature rows.
+
+    Args:
+        family: of the backbone.
+        load: an item's picture (PIL, RGB) or None.
+        source: an item's image file or None, whose bytes key what is stored on disk.
+        frozen: whether the vision tower never changes; then rows are kept, and written to `log`.
+        log: where a frozen tower's rows are kept between runs; None: memory only.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        load: Callable[[int], Any],
+        source: Callable[[int], Path | None],
+        frozen: bool,
+        log: FeatureLog | None = None,
+    ) -> None:
+        self.family, self.frozen, self.log = family, frozen, log if frozen else None
+        self._load, self._source = load, source
+        self._pixels: dict[int, Pixels | None] = {}
+        self._pieces: dict[int, Prompt | None] = {}
+        self._keys: dict[int, str | None] = {}
+        self._rows: dict[int, Tensor] = {}
+
+    def piece(self, item: int) -> Prompt | None:
+        """The prompt piece of the item's picture; None where it has none that can be read."""
+        if item not in self._pieces:
+            grid = self._grid(item)
+            self._pieces[item] = None if grid is None else self.family.image_piece(item, grid)
+        return self._pieces[item]
+
+    def rows(self, model: nn.Module, items: Sequence[int]) -> list[Tensor]:
+        """Feature rows of each item, which must have a picture. Shapes: (n, D).
+
+        Where gradients are on and the tower is trained, the items are encoded now and with their
+        graph; otherwise each item once, until `forget`.
+        """
+        if torch.is_grad_enabled() and not self.frozen:
+            return self.family.encode(model, [self._ready(item) for item in items])
+        missing = [item for item in items if item not in self._rows]
+        for start in range(0, len(missing), _ENCODE_AT_ONCE):
+            self._remember(model, missing[start : start + _ENCODE_AT_ONCE])
+        return [self._rows[item] for item in items]
+
+    def forget(self) -> None:
+        """Drops kept rows of a trained tower, whose weights have changed."""
+        if not self.frozen:
+            self._rows.clear()
+
+    def _grid(self, item: int) -> Grid | None:
+        key = self._key(item)
+        known = self.log.grid(key) if self.log is not None and key is not None else None
+        if known is not None:
+            return known
+        pixels = self._read(item)
+        return None if pixels is None else pixels.grid
+
+    def _read(self, item: int) -> Pixels | None:
+        if item not in self._pixels:
+            image = self._load(item)
+            self._pixels[item] = None if image is None else self.family.pixels(image)
+        return self._pixels[item]
+
+    def _ready(self, item: int) -> Pixels:
+        pixels = self._read(item)
+        if pixels is None:
+            raise ValueError(f"item {item} has no picture")
+        return pixels
+
+    def _key(self, item: int) -> str | None:
+        if self.log is None:
+            return None
+        if item not in self._keys:
+            path = self._source(item)
+            found = path is not None and path.is_file()
+            self._keys[item] = hashlib.sha256(path.read_bytes()).hexdigest() if found else None
+        return self._keys[item]
+
+    @torch.no_grad()
+    def _remember(self, model: nn.Module, items: Sequence[int]) -> None:
+        new = []
+        for item in items:
+            key = self._key(item)
+            stored = self.log.read(key) if self.log is not None and key is not None else None
+            if stored is None:
+                new.append(item)
+            else:
+                self._rows[item] = stored
+        if not new:
+            return
+        for item, rows in zip(
+            new, self.family.encode(model, [self._ready(i) for i in new]), strict=True
+        ):
+            self._rows[item] = rows
+            key = self._key(item)
+            if self.log is not None and key is not None:
+                self.log.append(key, self._ready(item).grid, rows)
+                self._pixels.pop(item)

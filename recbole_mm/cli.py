@@ -1,0 +1,135 @@
+"""The command line: arguments in, exit code out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from logging import getLogger
+from typing import Any
+
+from recbole_mm.errors import UserError
+
+HELP = """\
+usage: run_recbole_mm.py --model=NAME[,NAME...] --dataset=NAME [--KEY=VALUE ...]
+
+  --model, -m NAME       LRURec, PRIME or any model of RecBole's zoo; several give one table
+  --dataset, -d NAME     a folder under --data_path (default: dataset/); mm-demo is made on first use
+  --config_files A,B     YAML files or recipes of properties/paper/
+  --result_file PATH     write the result as JSON
+  --resume[=RUN_DIR]     go on with the newest unfinished run of this configuration, or with that one
+  --load=RUN_DIR         evaluate a finished run again
+  --debug                show the traceback of an error
+  --KEY=VALUE            any key of the YAML files, e.g. --epochs=5 --backbone=tiny --seed=7
+
+Examples:
+  python run_recbole_mm.py                                    # PRIME on mm-demo, no network, minutes
+  python run_recbole_mm.py --model=SASRec,LRURec,PRIME --dataset=amazon-beauty --backbone=tiny
+"""
+_SHORT = {"-m": "--model", "-d": "--dataset", "-h": "--help"}
+_SWITCHES = ("--debug", "--help", "--resume")  # may stand without a value
+_DEFAULTS = {"model": "PRIME", "dataset": "mm-demo"}
+
+
+def parse(arguments: Sequence[str]) -> dict[str, str]:
+    """`--key=value`, `--key value`, `-m value` and switches, as one mapping of texts.
+
+    Raises:
+        UserError: a word that belongs to no flag, a flag without value, a flag given twice.
+    """
+    flags: dict[str, str] = {}
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        name = _SHORT.get(name, name)
+        if not name.startswith("--") or len(name) < 3:
+            raise UserError(f"'{word}' belongs to no flag: write --key=value (see --help).")
+        if not equals:
+            value = _value_after(name, words)
+        key = name[2:]
+        if key in flags and flags[key] != value:
+            raise UserError(f"--{key} is given twice, as '{flags[key]}' and '{value}': keep one.")
+        flags[key] = value
+    return flags
+
+
+def _value_after(name: str, words: list[str]) -> str:
+    if name in _SWITCHES and (name != "--resume" or not words or words[0].startswith("-")):
+        return ""
+    if not words or words[0].startswith("--"):
+        raise UserError(f"{name} has no value: write {name}=VALUE.")
+    return words.pop(0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line. Returns the exit code: 0 done, 1 a user's mistake, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        flags = parse(given)
+        if "help" in flags:
+            print(HELP)
+            return 0
+        _run(flags)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted; go on with --resume.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(flags: dict[str, str]) -> None:
+    from recbole_mm import quick_start  # RecBole and torch are only imported when there is work
+    from recbole_mm.report.table import result_table
+
+    flags.pop("debug", None)
+    result_file = flags.pop("result_file", None)
+    results = _load(quick_start, flags) if "load" in flags else _train(quick_start, flags)
+    getLogger().info("\n\n" + result_table(results) + "\n")
+    if result_file:
+        quick_start.write_results(result_file, results)
+        getLogger().info(f"Result: {result_file}")
+
+
+def _load(quick_start: Any, flags: dict[str, str]) -> list[dict[str, Any]]:
+    folder = flags.pop("load")
+    if not folder:
+        raise UserError("--load needs the folder of a finished run: --load=saved/MODEL-DATASET-ID.")
+    for key in ("model", "dataset"):
+        flags.pop(key, None)
+    return [quick_start.load(folder, flags.pop("data_path", None), flags)]
+
+
+def _train(quick_start: Any, flags: dict[str, str]) -> list[dict[str, Any]]:
+    resume = flags.pop("resume", None)
+    files = flags.pop("config_files", "").replace(",", " ").split()
+    given = {**_from_files(files), **flags}
+    models = [name.strip() for name in str(given.get("model", _DEFAULTS["model"])).split(",") if name.strip()]
+    dataset = str(given.get("dataset", _DEFAULTS["dataset"]))
+    overrides = {k: v for k, v in flags.items() if k not in ("model", "dataset")}
+    if resume and len(models) > 1:
+        raise UserError("--resume=RUN_DIR goes on with one run: name one model.")
+    for model in models:  # a mistake in the last name should not cost the training of the first
+        quick_start.check(model, dataset, files, overrides)
+    return [quick_start.run(model, dataset, files, overrides, resume) for model in models]
+
+
+def _from_files(files: Sequence[str]) -> dict[str, Any]:
+    """Model and dataset may stand in a recipe."""
+    from pathlib import Path
+
+    from recbole_mm.config import read_yaml
+    from recbole_mm.paths import recipe_or_path
+
+    merged: dict[str, Any] = {}
+    for name in files:
+        merged.update(read_yaml(Path(recipe_or_path(name))))
+    return {k: merged[k] for k in ("model", "dataset") if k in merged}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

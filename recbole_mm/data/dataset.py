@@ -1,0 +1,284 @@
+"""RecBole's datasets with quick augmentation, users' sequences and a sample of users.
+
+Parts adapted from RecBole (MIT, (c) 2020 RUCAIBox).
+
+Every class gives the numbers that RecBole's own gives; side files (texts, images, features) are
+read elsewhere, by item token, and never enter the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.data.dataset import (
+    Dataset,
+    DecisionTreeDataset,
+    DIENDataset,
+    KGSeqDataset,
+    KnowledgeBasedDataset,
+    SequentialDataset,
+)
+from recbole.data.interaction import Interaction
+from recbole.utils import FeatureType, ModelType
+from torch import Tensor
+
+from recbole_mm.data.frames import FrameMends
+from recbole_mm.data.sequences import UserSequences, group_by_user
+from recbole_mm.errors import UserError
+
+GATHER_ROWS = (
+    65_536  # rows of lists that are gathered at a time, to bound the memory of their indices
+)
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """RecBole's prefix rows over interactions sorted by user and time.
+
+    Row r has the interactions ``[begin[r], target[r])`` as history and ``target[r]`` as target.
+
+    Attributes:
+        begin: first interaction of each history. Shape: (R,).
+        target: the target of each row. Shape: (R,).
+        firsts: every user's first interaction. Shape: (U,).
+    """
+
+    begin: Tensor
+    target: Tensor
+    firsts: Tensor
+
+    @property
+    def length(self) -> Tensor:
+        """Length of each history. Shape: (R,)."""
+        return self.target - self.begin
+
+
+def prefix_rows(users: Tensor, max_len: int) -> Prefixes:
+    """Makes a row of every interaction but each user's first, with at most `max_len` before it.
+
+    Args:
+        users: user of each interaction, equal ones together. Shape: (N,).
+        max_len: longest history.
+    """
+    place = torch.arange(len(users))
+    new_user = torch.ones(len(users), dtype=torch.bool)
+    new_user[1:] = users[1:] != users[:-1]
+    user_begin = torch.where(new_user, place, 0).cummax(0).values if len(users) else place
+    target = place[~new_user]
+    begin = torch.maximum(user_begin[target], target - max_len)
+    return Prefixes(begin, target, place[new_user])
+
+
+def gather_lists(
+    values: Tensor, rows: Prefixes, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """The values of each row's history, padded with 0 on the right.
+
+    Args:
+        values: one field of the sorted interactions. Shape: (N, *).
+        rows: which of them each row takes.
+        shape: (L, *) of a row; dimensions after the first may be larger than those of `values`.
+        dtype: of the result.
+
+    Returns:
+        Shape: (R, *shape).
+    """
+    lists = torch.zeros((len(rows.target), *shape), dtype=dtype)
+    inner = tuple(slice(0, size) for size in values.shape[1:])
+    padded = torch.cat([values, values.new_zeros((1, *values.shape[1:]))]).to(dtype)
+    steps = torch.arange(shape[0])
+    for chunk in torch.arange(len(rows.target)).split(GATHER_ROWS):
+        place = rows.begin[chunk, None] + steps  # (r, L)
+        place[steps >= rows.length[chunk, None]] = len(values)  # the row of zeros
+        lists[(slice(int(chunk[0]), int(chunk[-1]) + 1), slice(None), *inner)] = padded[place]
+    return lists
+
+
+class MMParts(FrameMends):
+    """What all our datasets add to RecBole's.
+
+    After `build`, every part has ``sequences``, everything that each user did, and the training
+    part has ``train_sequences``, what its users did before anything that is held out.
+    """
+
+    inter_feat: Any
+
+    sequences: UserSequences | None = None
+    train_sequences: UserSequences | None = None
+
+    def _filter_by_inter_num(self) -> None:
+        super()._filter_by_inter_num()
+        self._limit_users()
+
+    def _limit_users(self) -> None:
+        """Keeps a seeded sample of ``limit_users`` users and what they touched.
+
+        Sampling comes after the filters, so that every sampled user passes them. A smaller sample
+        of one seed is part of a larger one.
+        """
+        limit = self.config["limit_users"]
+        if limit is None:
+            return
+        if limit < 1:
+            raise UserError(f"limit_users is {limit}: set it to 1 or more, or leave it out.")
+        users = np.sort(self.inter_feat[self.uid_field].unique().astype(np.str_))
+        rng = np.random.default_rng(self.config["seed"])
+        kept = users[rng.permutation(len(users))[:limit]]
+        rows = self.inter_feat[self.uid_field].isin(kept.tolist())
+        self.inter_feat = self.inter_feat[rows]
+        for frame, field in (("user_feat", self.uid_field), ("item_feat", self.iid_field)):
+            feat = getattr(self, frame)
+            if feat is not None:
+                setattr(self, frame, feat[feat[field].isin(self.inter_feat[field])])
+
+    def _data_processing(self) -> None:
+        if self.benchmark_filename_list is not None and self.config["limit_users"] is not None:
+            raise UserError(
+                "limit_users cannot cut the ready-made split of benchmark_filename: "
+                "leave one of the two out."
+            )
+        super()._data_processing()
+
+    def item_tokens(self) -> list[str]:
+        """The raw token of every item id; row 0 is ``[PAD]``."""
+        return [str(token) for token in self.field2id_token[self.iid_field]]
+
+    def _first_interactions(self) -> tuple[Tensor, Tensor]:
+        """Users and items of interactions that no part has a row for. Shape: (n,) each."""
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+
+    def build(self) -> list[Any]:
+        """Splits as RecBole does, and tells the parts the users' whole sequences."""
+        parts: list[Any] = super().build()
+        if self.benchmark_filename_list is None and self.uid_field and self.iid_field:
+            self._tell_sequences(parts)
+        return parts
+
+    def _tell_sequences(self, parts: list[Any]) -> None:
+        rows = [self._first_interactions()]  # then those of training, validation and test
+        rows += [(p.inter_feat[self.uid_field], p.inter_feat[self.iid_field]) for p in parts]
+        everything = _grouped(rows)
+        for part in parts:
+            part.sequences = everything
+        known = _grouped(rows[:2])
+        trained = np.isin(known.users, rows[1][0].numpy())
+        parts[0].train_sequences = known.select(np.flatnonzero(trained))
+
+
+def _grouped(rows: list[tuple[Tensor, Tensor]]) -> UserSequences:
+    users, items = (torch.cat(column).numpy() for column in zip(*rows, strict=True))
+    return group_by_user(users, items)
+
+
+class MMDataset(MMParts):
+    """For general and context-aware models; evaluates whom `MMSequentialDataset` evaluates."""
+
+    def _split_index_by_leave_one_out(
+        self, grouped_index: Iterable[Sequence[int]], leave_one_num: int
+    ) -> list[list[int]]:
+        """Leaves targets out as for sequential models, whose first interaction is never a target.
+
+        RecBole evaluates a user of two interactions with general models but not with sequential
+        ones, and a user of three in validation too: one table could not hold both.
+        """
+        parts: list[list[int]] = [[] for _ in range(leave_one_num + 1)]
+        for index in map(list, grouped_index):
+            left_out = min(leave_one_num, max(len(index) - 2, 0))
+            cut = len(index) - left_out
+            parts[0].extend(index[:cut])
+            for part, row in zip(parts[len(parts) - left_out :], index[cut:], strict=True):
+                part.append(row)
+        return parts
+
+
+class MMSequentialDataset(MMParts, SequentialDataset):
+    """RecBole's prefix rows, tensor for tensor, without its double loop."""
+
+    _firsts: tuple[Tensor, Tensor] | None = None
+
+    def _first_interactions(self) -> tuple[Tensor, Tensor]:
+        return self._firsts or super()._first_interactions()
+
+    def data_augmentation(self) -> None:
+        """Makes a row of every interaction but each user's first: its history and itself as target.
+
+        Raises:
+            UserError: there is no column of times to order interactions by.
+        """
+        if self.time_field not in self.inter_feat:
+            raise UserError(
+                f"Sequential models need column '{self.time_field}' of {self.dataset_name}.inter: "
+                "add it to load_col, or name yours with TIME_FIELD."
+            )
+        self._aug_presets()
+        self.sort(by=[self.uid_field, self.time_field], ascending=True)
+        sorted_feat = self.inter_feat
+        rows = prefix_rows(sorted_feat[self.uid_field], self.config["MAX_ITEM_LIST_LENGTH"])
+        fields = {name: sorted_feat[name][rows.target] for name in sorted_feat}
+        fields[self.item_list_length_field] = rows.length
+        for name in sorted_feat:
+            if name != self.uid_field:
+                fields.update(self._lists_of(name, sorted_feat[name], rows))
+        self._firsts = (
+            sorted_feat[self.uid_field][rows.firsts],
+            sorted_feat[self.iid_field][rows.firsts],
+        )
+        self.inter_feat = Interaction(fields)
+
+    def _lists_of(self, field: str, values: Tensor, rows: Prefixes) -> dict[str, Tensor]:
+        """The history fields that one field of the interactions gives."""
+        list_field = getattr(self, f"{field}_list_field")
+        return {list_field: gather_lists(values, rows, self._list_shape(field), values.dtype)}
+
+    def _list_shape(self, field: str) -> tuple[int, ...]:
+        """Shape of one row's history: (L,), (L, n) for sequences; 2 more where bucketed."""
+        size = self.field2seqlen[getattr(self, f"{field}_list_field")]
+        shape: tuple[int, ...] = (size,) if isinstance(size, int) else tuple(size)
+        is_float = self.field2type[field] in (FeatureType.FLOAT, FeatureType.FLOAT_SEQ)
+        return (*shape, 2) if is_float and field in self.config["numerical_features"] else shape
+
+
+class MMDIENDataset(MMSequentialDataset, DIENDataset):
+    """RecBole's `DIENDataset`: a history of sampled items, not taken, beside the real one."""
+
+    def _lists_of(self, field: str, values: Tensor, rows: Prefixes) -> dict[str, Tensor]:
+        list_field = getattr(self, f"{field}_list_field")
+        is_token = self.field2type[list_field] in (FeatureType.TOKEN, FeatureType.TOKEN_SEQ)
+        dtype = torch.int64 if is_token else torch.float64
+        shape = self._list_shape(field)
+        lists = {list_field: gather_lists(values, rows, shape, dtype)}
+        if field == self.iid_field:
+            lists[self.neg_item_list_field] = gather_lists(self.neg_item_list, rows, shape, dtype)
+        return lists
+
+
+class MMKnowledgeDataset(MMDataset, KnowledgeBasedDataset):
+    """RecBole's `KnowledgeBasedDataset` (``.kg`` and ``.link`` files)."""
+
+
+class MMKGSeqDataset(MMSequentialDataset, KGSeqDataset):
+    """RecBole's `KGSeqDataset`: sequences and a knowledge graph."""
+
+
+class MMDecisionTreeDataset(MMDataset, DecisionTreeDataset):
+    """RecBole's `DecisionTreeDataset`, for its external libraries."""
+
+
+BY_MODEL: dict[str, type[Dataset]] = {
+    "DIEN": MMDIENDataset,
+    "GRU4RecKG": MMKGSeqDataset,
+    "KSR": MMKGSeqDataset,
+}
+
+BY_TYPE: dict[ModelType, type[Dataset]] = {
+    ModelType.GENERAL: MMDataset,
+    ModelType.SEQUENTIAL: MMSequentialDataset,
+    ModelType.CONTEXT: MMDataset,
+    ModelType.KNOWLEDGE: MMKnowledgeDataset,
+    ModelType.TRADITIONAL: MMDataset,
+    ModelType.DECISIONTREE: MMDecisionTreeDataset,
+}

@@ -1,0 +1,236 @@
+"""RecBole's atomic files read and prepared alike on pandas 2 and pandas 3.
+
+Parts adapted from RecBole (MIT, (c) 2020 RUCAIBox).
+
+RecBole 1.2.1 relies on three things that pandas 3 took away: ``Series.agg(len)`` as "the length of
+each", ``fillna(inplace=True)`` on a column of a frame, and arrays of values that can be written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from recbole.data.dataset import Dataset
+from recbole.utils import FeatureSource, FeatureType
+
+from recbole_mm.errors import UserError
+
+SIDE_FILES = ("text", "image")  # read by recbole_mm itself, by item token
+
+# What a missing number may look like; a token is missing only if empty ("NA" is a fine brand).
+_MISSING_NUMBERS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "none", "<NA>"]
+
+
+class AtomicColumn(pd.Series):  # type: ignore[type-arg]
+    """A column as before pandas 3: ``agg(len)`` is the length of each, values are writable."""
+
+    @property
+    def _constructor(self) -> Callable[..., AtomicColumn]:
+        return AtomicColumn
+
+    @property
+    def values(self) -> Any:
+        values = super().values
+        writable = not isinstance(values, np.ndarray) or values.flags.writeable
+        return values if writable else values.copy()  # torch warns of read-only memory
+
+    def agg(self, func: Any = None, axis: Any = 0, *args: Any, **kwargs: Any) -> Any:
+        if func is len:
+            return self.map(len)
+        return super().agg(func, axis, *args, **kwargs)
+
+
+class AtomicFrame(pd.DataFrame):
+    """A frame of `AtomicColumn`."""
+
+    @property
+    def _constructor(self) -> Callable[..., AtomicFrame]:
+        return AtomicFrame
+
+    @property
+    def _constructor_sliced(self) -> Callable[..., AtomicColumn]:
+        return AtomicColumn
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of an atomic file's header, ``name:type``."""
+
+    name: str
+    ftype: FeatureType
+
+    @property
+    def header(self) -> str:
+        return f"{self.name}:{self.ftype.value}"
+
+
+def read_header(path: Path, separator: str, encoding: str) -> list[Column]:
+    """The columns of an atomic file.
+
+    Raises:
+        UserError: a column is not ``name:type`` or has a type that RecBole does not know.
+    """
+    with open(path, encoding=encoding) as file:
+        names = file.readline().rstrip("\r\n").split(separator)
+    columns = []
+    for header in names:
+        name, _, ftype = header.rpartition(":")
+        if not name or ftype not in {known.value for known in FeatureType}:
+            raise UserError(
+                f"{path}, row 1: column '{header}' is not NAME:TYPE with TYPE one of "
+                "token, token_seq, float, float_seq."
+            )
+        columns.append(Column(name, FeatureType(ftype)))
+    return columns
+
+
+def read_columns(path: Path, columns: list[Column], separator: str, encoding: str) -> AtomicFrame:
+    """Reads some columns of an atomic file; tokens are Python strings and NaN where empty.
+
+    Raises:
+        UserError: a row has too many fields, an open quote, or text where a number belongs.
+    """
+    numbers = [c.header for c in columns if c.ftype == FeatureType.FLOAT]
+    missing: dict[str, Sequence[str]] = {
+        c.header: _MISSING_NUMBERS if c.header in numbers else [""] for c in columns
+    }
+    try:
+        frame = pd.read_csv(
+            path,
+            sep=separator,
+            usecols=[c.header for c in columns],
+            dtype=object,
+            encoding=encoding,
+            keep_default_na=False,
+            na_values=missing,
+            engine="c" if len(separator) == 1 else "python",
+        )
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a clean atomic file: {error}.") from error
+    for header in numbers:
+        frame[header] = _to_float(frame[header], path)
+    frame = frame[[c.header for c in columns]]
+    frame.columns = pd.Index([c.name for c in columns])
+    return AtomicFrame(frame)
+
+
+def _to_float(column: pd.Series[Any], path: Path) -> pd.Series[Any]:
+    try:
+        return column.astype(np.float64)
+    except ValueError:
+        bad = pd.to_numeric(column, errors="coerce").isna() & column.notna()
+        row = int(np.flatnonzero(bad.to_numpy())[0])
+        raise UserError(
+            f"{path}, row {row + 2}, column '{column.name}': '{column.iloc[row]}' is not a number."
+        ) from None
+
+
+def split_sequences(
+    column: pd.Series[Any], ftype: FeatureType, separator: str, where: str
+) -> list[Any]:
+    """Cuts each value of a ``_seq`` column into an array of words or numbers; empty where missing.
+
+    Raises:
+        UserError: a word of a float_seq column is not a number; `where` names file and column.
+    """
+    words = [[w for w in v.split(separator) if w] if isinstance(v, str) else [] for v in column]
+    if ftype == FeatureType.TOKEN_SEQ:
+        return [np.array(row, dtype=np.str_) for row in words]
+    rows: list[Any] = []
+    for number, row in enumerate(words):
+        try:
+            rows.append(np.array(row, dtype=np.float64))
+        except ValueError as error:
+            raise UserError(f"{where}, row {number + 2}: {error}.") from None
+    return rows
+
+
+class FrameMends(Dataset):
+    """What RecBole's `Dataset` does on frames, with the same numbers on pandas 2 and 3."""
+
+    def _download(self) -> None:
+        raise UserError(
+            f"There is no dataset folder {self.dataset_path}: RecBole's download is gone, make the "
+            "atomic files with `python -m dataset_tools table` or set --data_path."
+        )
+
+    def _load_additional_feat(self, token: str, dataset_path: str) -> None:
+        ours = [s for s in self.config["additional_feat_suffix"] or [] if s in SIDE_FILES]
+        if ours:
+            raise UserError(
+                f"additional_feat_suffix names '{ours[0]}', which RecBole cannot read: "
+                "leave it out, side files are found by themselves."
+            )
+        super()._load_additional_feat(token, dataset_path)
+
+    def _load_feat(self, filepath: str, source: FeatureSource | str) -> AtomicFrame | None:
+        """Reads an atomic file and notes the type, source and length of its columns."""
+        wanted, unwanted = self._get_load_and_unload_col(source)
+        if wanted == set():
+            return None
+        path, separator = Path(filepath), self.config["field_separator"]
+        columns = [
+            column
+            for column in read_header(path, separator, self.config["encoding"])
+            if (wanted is None or column.name in wanted)
+            and (unwanted is None or column.name not in unwanted)
+        ]
+        if not columns:
+            self.logger.warning(f"No columns has been loaded from [{source}]")
+            return None
+        self._note_properties(columns, source)
+        frame = read_columns(path, columns, separator, self.config["encoding"])
+        for column in columns:
+            if column.ftype.value.endswith("seq"):
+                self._split_column(frame, column, path)
+        return frame
+
+    def _note_properties(self, columns: list[Column], source: FeatureSource | str) -> None:
+        if source == "link":
+            return
+        for column in columns:
+            self.field2source[column.name] = source
+            self.field2type[column.name] = column.ftype
+            if not column.ftype.value.endswith("seq"):
+                self.field2seqlen[column.name] = 1
+            if "float" in column.ftype.value:
+                self.field2bucketnum[column.name] = 2
+
+    def _split_column(self, frame: AtomicFrame, column: Column, path: Path) -> None:
+        where = f"{path}, column '{column.header}'"
+        rows = split_sequences(
+            frame[column.name], column.ftype, self.config["seq_separator"], where
+        )
+        longest = max(map(len, rows), default=0)
+        limit = (self.config["seq_len"] or {}).get(column.name)
+        if limit:
+            rows = [row[:limit] for row in rows]
+        frame[column.name] = pd.Series(rows, index=frame.index, dtype=object)
+        self.field2seqlen[column.name] = min(limit, longest) if limit else longest
+
+    def _user_item_feat_preparation(self) -> None:
+        super()._user_item_feat_preparation()
+        for name in ("user_feat", "item_feat"):
+            frame = getattr(self, name)
+            if frame is not None:  # a merge gives a plain frame
+                setattr(self, name, AtomicFrame(frame))
+
+    def _fill_nan(self) -> None:
+        """Missing tokens become [PAD] (0), numbers the column's mean, sequences empty."""
+        for feat_name in self.feat_name_list:
+            frame = getattr(self, feat_name)
+            for field in frame:
+                ftype, column = self.field2type[field], frame[field]
+                if ftype == FeatureType.TOKEN:
+                    frame[field] = column.fillna(0).astype(np.int64)
+                elif ftype == FeatureType.FLOAT:
+                    frame[field] = column.fillna(column.mean())
+                else:
+                    dtype = np.int64 if ftype == FeatureType.TOKEN_SEQ else np.float64
+                    filled = [np.array([], dtype) if isinstance(v, float) else v for v in column]
+                    frame[field] = pd.Series(filled, index=frame.index, dtype=object)

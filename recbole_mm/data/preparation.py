@@ -1,0 +1,135 @@
+"""From a configuration to the three data loaders that RecBole's trainers take.
+
+Parts adapted from RecBole (MIT, (c) 2020 RUCAIBox).
+"""
+
+from __future__ import annotations
+
+from logging import getLogger
+from typing import Any
+
+from recbole.data.dataset import Dataset
+from recbole.data.utils import create_samplers, get_dataloader
+from recbole.sampler import KGSampler
+from recbole.utils import ModelType
+
+from recbole_mm.data.dataset import BY_MODEL, BY_TYPE
+from recbole_mm.data.sequences import WholeFields, WholeTrainLoader, whole_windows
+from recbole_mm.errors import UserError
+
+TRAIN_MODES = ("prefix", "whole")
+
+# RecBole's caches of datasets and loaders are pickles, and read again without a word.
+_PICKLE_KEYS = ("save_dataset", "dataset_save_path", "save_dataloaders", "dataloaders_save_path")
+
+
+def dataset_class(config: Any) -> type[Dataset]:
+    """The dataset class of a model: by its name, else by its type."""
+    return BY_MODEL.get(config["model"]) or BY_TYPE[config["MODEL_TYPE"]]
+
+
+def create_dataset(config: Any) -> Dataset:
+    """Reads, filters and numbers a dataset; nothing is read from or written to RecBole's caches.
+
+    Raises:
+        UserError: a key asks for one of RecBole's pickled caches.
+    """
+    for key in _PICKLE_KEYS:
+        if config[key]:
+            raise UserError(f"{key} would keep a pickle, which is not safe to load: leave it out.")
+    return dataset_class(config)(config)
+
+
+def choose_train_mode(config: Any, model_class: type) -> str:
+    """The mode that the configuration names, or the model's first: never another one in silence.
+
+    Raises:
+        UserError: there is no such mode, or the model does not have it.
+    """
+    offered: tuple[str, ...] = getattr(model_class, "train_modes", ("prefix",))
+    mode = config["train_mode"] or offered[0]
+    if mode not in TRAIN_MODES:
+        raise UserError(f"train_mode is '{mode}': set it to {' or '.join(TRAIN_MODES)}.")
+    if mode not in offered:
+        raise UserError(
+            f"{model_class.__name__} cannot train with train_mode '{mode}': "
+            f"set it to {' or '.join(offered)}."
+        )
+    return str(mode)
+
+
+def data_preparation(config: Any, dataset: Dataset, model_class: type) -> tuple[Any, Any, Any]:
+    """Splits a dataset and makes its loaders.
+
+    Valid and test rows are the same in both training modes.
+
+    Args:
+        config: RecBole's configuration.
+        dataset: as `create_dataset` gives it; it is used up.
+        model_class: may offer ``train_modes``, a tuple of names; ``("prefix",)`` if it does not.
+
+    Returns:
+        Training, validation and test loader; the first is a `WholeTrainLoader` in mode ``whole``.
+    """
+    mode = choose_train_mode(config, model_class)
+    parts = dataset.build()
+    samplers = create_samplers(config, dataset, parts)
+    if mode == "whole":
+        train = _whole_loader(config, parts[0])
+    else:
+        train = _prefix_loader(config, dataset, parts[0], samplers[0])
+    valid, test = (
+        get_dataloader(config, phase)(config, part, sampler, shuffle=False)
+        for phase, part, sampler in zip(("valid", "test"), parts[1:], samplers[1:], strict=True)
+    )
+    getLogger().info(
+        f"[Training]: train_mode = [{mode}] train_batch_size = [{config['train_batch_size']}] "
+        f"train_neg_sample_args: [{config['train_neg_sample_args']}]"
+    )
+    getLogger().info(
+        f"[Evaluation]: eval_batch_size = [{config['eval_batch_size']}] "
+        f"eval_args: [{config['eval_args']}]"
+    )
+    return train, valid, test
+
+
+def _prefix_loader(config: Any, dataset: Dataset, part: Dataset, sampler: Any) -> Any:
+    loader = get_dataloader(config, "train")
+    if config["MODEL_TYPE"] != ModelType.KNOWLEDGE:
+        return loader(config, part, sampler, shuffle=config["shuffle"])
+    args = config["train_neg_sample_args"]
+    return loader(
+        config,
+        part,
+        sampler,
+        KGSampler(dataset, args["distribution"], args["alpha"]),
+        shuffle=True,
+    )
+
+
+def _whole_loader(config: Any, part: Any) -> WholeTrainLoader:
+    if part.train_sequences is None:
+        raise UserError(
+            "train_mode: whole needs each user's sequence, which a ready-made split does not have: "
+            "leave benchmark_filename out or set train_mode: prefix."
+        )
+    if config["train_neg_sample_args"]["distribution"] != "none":
+        raise UserError(
+            "train_mode: whole has no sampled negatives: set loss_type: CE and "
+            "train_neg_sample_args: ~, or train_mode: prefix."
+        )
+    rows = whole_windows(part.train_sequences, config["MAX_ITEM_LIST_LENGTH"])
+    fields = WholeFields(
+        user=config["USER_ID_FIELD"],
+        items=config["ITEM_ID_FIELD"] + config["LIST_SUFFIX"],
+        length=config["ITEM_LIST_LENGTH_FIELD"],
+    )
+    return WholeTrainLoader(
+        part,
+        rows,
+        config["train_batch_size"],
+        config["seed"],
+        fields,
+        shuffle=config["shuffle"],
+        bucket=config["length_buckets"] is not False,
+    )

@@ -1,0 +1,336 @@
+"""From a model's name and a dataset's to a trained model and its result: what the command line calls."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recbole_mm import compat, registry
+from recbole_mm.config import MMConfig
+from recbole_mm.errors import UserError, nearest
+from recbole_mm.trainer.checkpoint import write_json
+from recbole_mm.trainer.run import Run, run_for
+
+DEMOS = ("mm-demo", "mm-demo-permuted")  # made on first use
+_PACKAGES = ("torch", "numpy", "pandas", "recbole", "transformers", "peft", "bitsandbytes")
+
+
+@dataclass
+class Data:
+    """The three loaders of a run and the dataset they were cut from."""
+
+    dataset: Any
+    train: Any
+    valid: Any
+    test: Any
+
+
+def run(
+    model: str,
+    dataset: str,
+    config_files: Iterable[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+    resume: str | None = None,
+) -> dict[str, Any]:
+    """Trains and tests one model.
+
+    Args:
+        model: e.g. `PRIME`, `SASRec`.
+        dataset: a folder under `data_path`.
+        config_files: YAML files or recipes.
+        overrides: keys of the configuration; strings are parsed as flags are.
+        resume: "" goes on with the newest unfinished run of this configuration, a folder with that one.
+
+    Returns:
+        The result, as `--result_file` stores it.
+
+    Raises:
+        UserError: a mistake in names, keys, values or data.
+    """
+    config = MMConfig(model, dataset, config_files, overrides)
+    place = run_for(config, resume, _earlier_stages(config))
+    if config["stages"] and (resume is not None or _earlier_stages(config)):
+        place.forget_if_all_done(list(config["stages"]))
+    return _work(config, place, train=True)
+
+
+def check(model: str, dataset: str, config_files: Iterable[str], overrides: Mapping[str, Any]) -> None:
+    """Raises `UserError` for what can be known to fail before anything is trained."""
+    config = MMConfig(model, dataset, config_files, overrides)
+    if dataset not in DEMOS:
+        ensure_dataset(config)
+
+
+def load(folder: str, data_path: str | None = None, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Evaluates a finished run again.
+
+    Args:
+        folder: `saved/<model>-<dataset>-<id>`.
+        data_path: where the datasets are, if not where they were.
+        overrides: keys that change no weights, such as `mask_history` or `eval_candidates`.
+    """
+    place = Run.open(Path(folder))
+    if place.state["status"] != "finished":
+        raise UserError(f"--load: {folder} is not finished: go on with it by --resume={folder}.")
+    settings = place.config()
+    own = {k: v for k, v in settings.items() if k not in ("model", "dataset", "backbone_spec")}
+    own |= _as_given(own)
+    extra = {"data_path": data_path} if data_path else {}
+    config = MMConfig(settings["model"], settings["dataset"], (), {**own, **extra, **dict(overrides or {})})
+    return _work(config, place, train=False)
+
+
+def _as_given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that RecBole rewrites, in the form that its `Config` accepts again."""
+    given: dict[str, Any] = {}
+    for key in ("train_neg_sample_args", "valid_neg_sample_args", "test_neg_sample_args"):
+        value = settings.get(key)
+        given[key] = None if value and value.get("distribution") == "none" else value
+    return given
+
+
+def _earlier_stages(config: MMConfig) -> list[str]:
+    """Stages that come before those asked for, and must therefore have been trained already."""
+    names: list[str] = list(getattr(config.model_class, "stage_names", ()))
+    chosen = [name for name in config["stages"] or names if name in names]
+    return names[: min(map(names.index, chosen), default=0)]
+
+
+def _work(config: MMConfig, place: Run, train: bool) -> dict[str, Any]:
+    started = time.perf_counter()
+    _start_logging(config)
+    logger = getLogger()
+    logger.info(f"Run folder: {place.folder}")
+    data = prepare_data(config)
+    model = build_model(config, data)
+    logger.info(model)
+    rows, trainer = (_staged if is_staged(model) else _zoo)(config, model, data, place, train)
+    if train:
+        place.finish()
+    result = _result(config, place, model, data, trainer, rows, time.perf_counter() - started)
+    write_json(place.folder / "result.json", result)
+    logger.info(f"Run folder: {place.folder}")
+    return result
+
+
+def _start_logging(config: MMConfig) -> None:
+    from recbole.utils import init_logger, init_seed
+
+    compat.reset_logging()
+    init_seed(config["seed"], config["reproducibility"])
+    init_logger(config)
+    getLogger().info(sys.argv)
+    getLogger().info(config)
+
+
+def prepare_data(config: MMConfig) -> Data:
+    """Reads a dataset and splits it as the configuration says; makes `mm-demo` when it is not there yet.
+
+    Raises:
+        UserError: the dataset is not there; the sentence names the command that makes it.
+    """
+    from recbole_mm.data.history import attach_candidates, attach_history
+    from recbole_mm.data.preparation import create_dataset, data_preparation
+
+    ensure_dataset(config)
+    dataset = create_dataset(config)
+    getLogger().info(dataset)
+    if not dataset_is_sequential(config):  # RecBole counts (user, item) cells there, we count users
+        config.final_config_dict["eval_batch_size"] *= dataset.item_num
+    data = Data(dataset, *data_preparation(config, dataset, config.model_class))
+    attach_history(data.train, data.valid, data.test)
+    if config["eval_candidates"] != "full":
+        attach_candidates(config["eval_candidates"], data.valid, data.test)
+    return data
+
+
+def dataset_is_sequential(config: MMConfig) -> bool:
+    """Whether RecBole evaluates the rows of a sequence, or users."""
+    from recbole.utils import ModelType
+
+    return bool(config["MODEL_TYPE"] == ModelType.SEQUENTIAL)
+
+
+def ensure_dataset(config: MMConfig) -> None:
+    """Makes a demo dataset on first use; RecBole's download is never tried."""
+    folder, name = Path(config["data_path"]), config["dataset"]
+    if (folder / f"{name}.inter").is_file() or config["benchmark_filename"]:
+        return
+    if name in DEMOS:
+        from recbole_mm.data.demo import make_demo
+
+        getLogger().info(f"Making {name} in {folder}")
+        make_demo(folder, permuted=name != DEMOS[0])
+        return
+    near = [p.name for p in folder.parent.glob("*") if p.is_dir()] if folder.parent.is_dir() else []
+    command = config["dataset_command"] or (
+        f"python -m dataset_tools table --name {name} --interactions FILE --items FILE --out {folder.parent}"
+    )
+    raise UserError(
+        f"--dataset: there is no {folder / (name + '.inter')}{nearest(name, near + list(DEMOS))}; "
+        f"make it with `{command}`, or name its place with --data_path."
+    )
+
+
+def build_model(config: MMConfig, data: Data) -> Any:
+    """The model on its device, seeded as RecBole seeds it."""
+    from recbole.utils import init_seed
+
+    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
+    return config.model_class(config, data.train._dataset).to(config["device"])
+
+
+def is_staged(model: Any) -> bool:
+    """Whether a model trains in stages of its own."""
+    return hasattr(model, "make_stages")
+
+
+def _staged(config: MMConfig, model: Any, data: Data, place: Run, train: bool) -> tuple[list[dict[str, Any]], Any]:
+    from recbole_mm.trainer.staged import StagedTrainer
+
+    trainer = StagedTrainer(config, model, place)
+    if train:
+        trainer.fit(data.train, data.valid, data.test, show_progress=config["show_progress"])
+    else:
+        trainer.load(data.train, data.valid)
+    return [_measure(trainer, data, readout) for readout in _readouts(model, trainer)], trainer
+
+
+def _readouts(model: Any, trainer: Any) -> list[Any]:
+    from recbole_mm.stage import Readout
+
+    own = getattr(model, "readouts", None)
+    return own(trainer.stages[-1].name) if own else [Readout("", lambda: None)]
+
+
+def _measure(trainer: Any, data: Data, readout: Any) -> dict[str, Any]:
+    """A row of the result: valid and test under every protocol that one scoring pass gives."""
+    readout.use()
+    config = trainer.config
+    row: dict[str, Any] = {"name": readout.name, "chosen": readout.chosen, **readout.extra}
+    for phase, loader in (("valid", data.valid), ("test", data.test)):
+        row[phase] = trainer.evaluate(
+            loader, load_best_model=False, show_progress=config["show_progress"], every_protocol=True
+        )
+        row[f"{phase}_protocols"] = trainer.all_results
+    return row
+
+
+def _zoo(config: MMConfig, model: Any, data: Data, place: Run, train: bool) -> tuple[list[dict[str, Any]], Any]:
+    from recbole_mm.stage import Readout
+    from recbole_mm.trainer.zoo import STAGE, epochs_trained, zoo_trainer
+
+    trainer = zoo_trainer(registry.get_trainer_base(config["MODEL_TYPE"], config["model"]))(config, model)
+    trainer.start(place, data.train)
+    if train and not place.is_done(STAGE):
+        trainer.fit(data.train, data.valid, saved=True, show_progress=config["show_progress"])
+        trainer.finish(epochs_trained(trainer))
+    trainer.load_best()
+    return [_measure(trainer, data, Readout("", lambda: None))], trainer
+
+
+def _result(
+    config: MMConfig, place: Run, model: Any, data: Data, trainer: Any, rows: list[dict[str, Any]], seconds: float
+) -> dict[str, Any]:
+    from recbole.utils import ModelType
+
+    chosen = next(row for row in rows if row["chosen"])
+    metric = str(config["valid_metric"]).lower()
+    spec = config["backbone_spec"]
+    return {
+        "model": config["model"],
+        "dataset": config["dataset"],
+        "run_dir": str(place.folder),
+        "backbone": spec["name"] if spec else None,
+        "seed": config["seed"],
+        "train_mode": config["train_mode"],
+        "protocol": config.protocol,
+        "general": config["MODEL_TYPE"] != ModelType.SEQUENTIAL,
+        "limit_users": config["limit_users"],
+        "valid_metric": metric,
+        "best_valid": chosen["valid"][metric],
+        "valid": chosen["valid"],
+        "test": chosen["test"],
+        "valid_protocols": chosen["valid_protocols"],
+        "test_protocols": chosen["test_protocols"],
+        "test_users": _users(data.test),
+        "stages": _stages(place, chosen),
+        "rows": rows if len(rows) > 1 else [],
+        "fusion_alpha": chosen.get("fusion_alpha"),
+        "seconds": round(seconds, 2),
+        "peak_memory_mb": _peak_memory_mb(config["device"]),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "device": _device_name(config["device"]),
+        "config_hash": config.hash(),
+        "config": config.settings(),
+        "versions": _versions(),
+        "git_commit": _git_commit(),
+    }
+
+
+def _users(loader: Any) -> int:
+    return len(set(loader._dataset.inter_feat[loader._dataset.uid_field].tolist()))
+
+
+def _stages(place: Run, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Every stage's record; a model of one stage has its own metrics in the result already."""
+    stages = {name: dict(entry) for name, entry in place.state["stages"].items()}
+    for entry in stages.values():
+        entry.setdefault("steps", None)
+        entry.setdefault("valid", chosen["valid"])
+        entry.setdefault("test", chosen["test"])
+    return stages
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu ({torch.get_num_threads()} threads, {platform.machine()})"
+
+
+def _versions() -> dict[str, str]:
+    from recbole_mm import __version__
+
+    found = {"recbole_mm": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout this package runs from, if it runs from one."""
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]  # a fixed command
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    return done.stdout.strip() or None
+
+
+def write_results(path: str, results: list[dict[str, Any]]) -> None:
+    """Writes `--result_file`: one JSON, a list when there are several models."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_json(target, results if len(results) > 1 else results[0])

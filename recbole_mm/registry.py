@@ -1,0 +1,85 @@
+"""Name -> model and trainer, as dotted names that are imported on demand: ours first, then RecBole's."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from recbole_mm.errors import UserError, nearest
+
+MODELS = {
+    "LRURec": "recbole_mm.model.lrurec:LRURec",
+    "PRIME": "recbole_mm.model.prime:PRIME",
+}
+
+# RecBole's models, mended in subclasses of the same name.
+MENDED: dict[str, str] = {}
+
+TRAINERS = {
+    "LRURec": "recbole_mm.trainer.staged:StagedTrainer",
+    "PRIME": "recbole_mm.trainer.staged:StagedTrainer",
+}
+
+_ZOO_ROOMS = ("general", "sequential", "context_aware", "knowledge_aware")
+
+
+def _load(dotted: str) -> Any:
+    module, _, name = dotted.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def zoo_models() -> dict[str, str]:
+    """RecBole's models, lower-case file name -> dotted module."""
+    found = {}
+    for room in _ZOO_ROOMS:
+        package = importlib.import_module(f"recbole.model.{room}_recommender")
+        for module in pkgutil.iter_modules(package.__path__):
+            found[module.name] = f"{package.__name__}.{module.name}"
+    return found
+
+
+def model_names() -> list[str]:
+    """Every name that `--model` takes."""
+    return sorted({*MODELS, *MENDED, *(_zoo_class_name(path) for path in zoo_models().values())})
+
+
+def _zoo_class_name(module_path: str) -> str:
+    """A zoo module holds one public recommender whose name is the file's but for its capitals."""
+    stem = module_path.rsplit(".", 1)[1]
+    try:
+        module = importlib.import_module(module_path)
+    except ImportError:  # a model whose extra package is not installed
+        return stem
+    return next((name for name in vars(module) if name.lower() == stem), stem)
+
+
+def is_zoo(name: str) -> bool:
+    """Whether a model is RecBole's own (mended or not)."""
+    return name not in MODELS
+
+
+def get_model(name: str) -> type:
+    """The model class called `name`.
+
+    Raises:
+        UserError: there is none; names the nearest, or the package that the model needs.
+    """
+    if name in MODELS or name in MENDED:
+        return _load((MODELS | MENDED)[name])
+    path = zoo_models().get(name.lower())
+    if path is None or _zoo_class_name(path) != name:
+        raise UserError(f"--model: there is no model '{name}'{nearest(name, model_names())}.")
+    try:
+        return getattr(importlib.import_module(path), name)
+    except ImportError as error:
+        raise UserError(f"Model {name} needs the package '{error.name}': pip install it.") from error
+
+
+def get_trainer_base(model_type: Any, name: str) -> type:
+    """The trainer class that `name` is trained by: ours, or what RecBole picks."""
+    if name in TRAINERS:
+        return _load(TRAINERS[name])
+    from recbole.utils import get_trainer
+
+    return get_trainer(model_type, name)

@@ -1,0 +1,79 @@
+"""The table at the end: a row for each model, or for each way to read a model's scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_EPOCHS_CUT = {"epochs": "all epochs", "steps": "all steps", "patience": "early stop"}
+
+
+def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in plain text, first column left and the others right."""
+    widths = [max(len(str(line[i])) for line in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for line in [header, *rows]:
+        cells = [str(c).rjust(w) if i else str(c).ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _metric(result: Mapping[str, float] | None, name: str) -> str:
+    return f"{result[name]:.4f}" if result and name in result else "-"
+
+
+def _shown(names: Sequence[str], metric: str, few: bool) -> list[str]:
+    """Which metrics fit a screen: recall and ndcg; with two columns each, only at the k that chose the model."""
+    kept = [n for n in names if n.split("@")[0] in ("recall", "ndcg")] or list(names)
+    ks = list(dict.fromkeys(n.partition("@")[2] for n in kept))
+    k = metric.partition("@")[2]
+    ks = [k] if few and k in ks else ks[-3:]
+    return [n for n in kept if n.partition("@")[2] in ks]
+
+
+def _columns(results: Sequence[Mapping[str, Any]], masked: bool) -> list[tuple[str, str, str]]:
+    """(title, key of the result, metric) for each column."""
+    names = _shown(list(results[0]["test"]), results[0]["valid_metric"], few=masked)
+    if not masked:
+        return [(name, "test", name) for name in names]
+    titles = (("unmasked", "full"), ("masked", "full-masked"))
+    return [(f"{name} {title}", protocol, name) for name in names for title, protocol in titles]
+
+
+def _value(result: Mapping[str, Any], row: Mapping[str, Any], where: str, name: str) -> str:
+    if where == "test":
+        return _metric(row["test"], name)
+    return _metric(row.get("test_protocols", {}).get(where), name)
+
+
+def result_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """One table of all results, test metrics, with what is needed to read them rightly.
+
+    General models rank what they were trained on first when the history is not masked, so a table that
+    has one shows both columns.
+
+    Args:
+        results: as `quick_start.run` returns them, of one dataset and protocol.
+    """
+    first = results[0]
+    masked = first["protocol"].startswith("full") and any(r["general"] for r in results)
+    columns = _columns(results, masked)
+    header = ["model", "backbone", "train mode", "trained", *(title for title, _, _ in columns), "seconds"]
+    lines = []
+    for result in results:
+        trained = _trained(result)
+        for row in result["rows"] or [{"name": "", "test": result["test"], "test_protocols": result["test_protocols"]}]:
+            name = f"{result['model']} {row['name']}".strip()
+            cells = [_value(result, row, where, metric) for _, where, metric in columns]
+            backbone, mode = result["backbone"] or "-", result["train_mode"]
+            lines.append([name, backbone, mode, trained, *cells, f"{result['seconds']:.0f}"])
+    title = f"{first['dataset']}, protocol {first['protocol']}, test on {first['test_users']} users"
+    if first.get("limit_users"):
+        title += f" (limit_users {first['limit_users']})"
+    return f"{title}\n{format_rows(header, lines)}"
+
+
+def _trained(result: Mapping[str, Any]) -> str:
+    last = list(result["stages"].values())[-1] if result["stages"] else {}
+    count = f"{last['epochs']} ep" if last.get("epochs") else f"{last.get('steps', 0)} steps"
+    return f"{count}, {_EPOCHS_CUT.get(last.get('stopped', ''), '-')}"

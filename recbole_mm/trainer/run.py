@@ -1,0 +1,135 @@
+"""A run is a folder `saved/<model>-<dataset>-<id>/` whose `state.json` says what is done."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recbole_mm.errors import UserError
+from recbole_mm.trainer.checkpoint import write_atomically, write_json
+
+
+class Run:
+    """The folder of one run.
+
+    Attributes:
+        folder: `saved/<model>-<dataset>-<id>`.
+        state: `config_hash`, `status` (running | finished) and a record for each stage.
+    """
+
+    def __init__(self, folder: Path, state: dict[str, Any]) -> None:
+        self.folder, self.state = folder, state
+
+    @classmethod
+    def start(cls, root: Path, config: Any) -> Run:
+        """Makes the folder of a new run of `config`."""
+        name = f"{config['model']}-{config['dataset']}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        run = cls(root / name, {"config_hash": config.hash(), "status": "running", "stages": {}})
+        run.folder.mkdir(parents=True)
+        write_atomically(run.folder / "config.yaml", yaml.safe_dump(config.settings()).encode())
+        run.save()
+        return run
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """The run in `folder`.
+
+        Raises:
+            UserError: there is none.
+        """
+        path = folder / "state.json"
+        if not path.is_file():
+            raise UserError(f"{folder} is no run: name a folder saved/<model>-<dataset>-<id>.")
+        return cls(folder, json.loads(path.read_text(encoding="utf-8")))
+
+    def config(self) -> dict[str, Any]:
+        """The settings the run was started with."""
+        return dict(yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8")))
+
+    def save(self) -> None:
+        """Writes `state.json`, whole or not at all."""
+        write_json(self.folder / "state.json", self.state)
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """The record of a stage, empty at first."""
+        return dict(self.state["stages"].get(name, {}))
+
+    def record(self, name: str, **entries: Any) -> None:
+        """Adds to the record of a stage and saves."""
+        self.state["stages"].setdefault(name, {}).update(entries)
+        self.save()
+
+    def is_done(self, name: str) -> bool:
+        """Whether the stage has been trained to its end."""
+        return bool(self.stage(name).get("done"))
+
+    def forget_if_all_done(self, names: list[str]) -> None:
+        """Stages asked for again after they had all been finished are trained anew."""
+        if not all(map(self.is_done, names)):
+            return
+        for name in names:
+            self.state["stages"].pop(name)
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        self.state["status"] = "running"
+        self.save()
+
+    def finish(self) -> None:
+        """Marks the run as finished."""
+        self.state["status"] = "finished"
+        self.save()
+
+
+def runs_of(root: Path, config: Any) -> Iterator[Run]:
+    """The runs of this very configuration, newest first."""
+    folders = sorted(root.glob(f"{config['model']}-{config['dataset']}-*/state.json"), reverse=True)
+    for path in sorted(folders, key=lambda p: p.parent.stat().st_ctime, reverse=True):
+        run = Run.open(path.parent)
+        if run.state.get("config_hash") == config.hash():
+            yield run
+
+
+def run_for(config: Any, resume: str | None, earlier_stages: list[str]) -> Run:
+    """The run to work in: a new one, or the one to go on with.
+
+    Args:
+        config: of the experiment.
+        resume: None: do not; "": the newest unfinished run of the same configuration; else its folder.
+        earlier_stages: stages that are needed but not to be trained now.
+
+    Raises:
+        UserError: there is no such run, or it has another configuration.
+    """
+    root = Path(config["checkpoint_dir"])
+    if resume:
+        run = Run.open(Path(resume))
+        if run.state.get("config_hash") != config.hash():
+            raise UserError(f"--resume: {resume} was started with another configuration: {_difference(run, config)}.")
+        return run
+    if earlier_stages:
+        run = next((r for r in runs_of(root, config) if all(map(r.is_done, earlier_stages))), None)
+        if run is None:
+            raise UserError(
+                f"--stages: no run of this configuration has finished {', '.join(earlier_stages)}: "
+                "train it first, or name it with --resume=RUN_DIR."
+            )
+        return run
+    if resume == "":
+        unfinished = (r for r in runs_of(root, config) if r.state["status"] != "finished")
+        run = next(unfinished, None)
+        if run is None:
+            raise UserError(f"--resume: {root} has no unfinished run of this configuration.")
+        return run
+    return Run.start(root, config)
+
+
+def _difference(run: Run, config: Any) -> str:
+    old, new = run.config(), config.settings()
+    keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    return ", ".join(f"{k} was {old.get(k)!r} and is {new.get(k)!r}" for k in keys[:3]) or "see its config.yaml"

@@ -1,0 +1,64 @@
+"""A stage's settings out of the configuration: `<stage>_<key>` where it is set, else RecBole's plain key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from recbole_mm.errors import UserError
+from recbole_mm.stage import StageSettings
+
+# StageSettings' field -> the configuration's key.
+_KEYS = {
+    "epochs": "epochs",
+    "learning_rate": "learning_rate",
+    "weight_decay": "weight_decay",
+    "adam_eps": "adam_eps",
+    "max_steps": "max_steps",
+    "accumulate": "accumulate",
+    "clip_norm": "clip_norm",
+    "schedule": "schedule",
+    "warmup_steps": "warmup_steps",
+    "eval_every": "eval_every",
+    "eval_epochs": "eval_step",
+    "patience": "stopping_step",
+    "valid_metric": "valid_metric",
+    "valid_users": "valid_users",
+}
+
+
+def stage_settings(config: Any, names: Iterable[str]) -> dict[str, StageSettings]:
+    """The settings of each stage.
+
+    `epochs` caps every stage, as RecBole's users expect of one flag; what is off is 0 in YAML.
+
+    Args:
+        config: anything with `config[key]` that gives None for a missing key.
+        names: of the stages.
+    """
+    return {name: _one(config, name) for name in names}
+
+
+def _one(config: Any, stage: str) -> StageSettings:
+    values: dict[str, Any] = {}
+    for field, key in _KEYS.items():
+        own = config[f"{stage}_{key}"]
+        value = config[key] if own is None else own
+        if value is not None:
+            values[field] = value
+    values["epochs"] = min(values["epochs"], config["epochs"])
+    values["valid_metric"] = str(values["valid_metric"]).lower()
+    values["clip_norm"] = _clip_norm(config, stage, values.get("clip_norm"))
+    for off in ("max_steps", "valid_users"):
+        values[off] = values.get(off) or None
+    if values.get("schedule", "constant") not in ("constant", "linear", "cosine"):
+        raise UserError(f"schedule: '{values['schedule']}' is none of constant, linear, cosine.")
+    return StageSettings(**values)
+
+
+def _clip_norm(config: Any, stage: str, own: float | None) -> float | None:
+    """RecBole writes gradient clipping as `clip_grad_norm: {max_norm: 5.0, norm_type: 2}`."""
+    if own:
+        return float(own)
+    clip = config[f"{stage}_clip_grad_norm"] or config["clip_grad_norm"]
+    return float(clip["max_norm"]) if clip else None
