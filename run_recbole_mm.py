@@ -1,4 +1,5 @@
-"""Trains and tests recommenders: `python run_recbole_mm.py --model=PRIME --dataset=amazon-beauty`."""
+"""Trains and tests recommenders: `python run_recbole_mm.py --model=PRIME
+--dataset=amazon-beauty`."""
 
 from recbole_mm.cli import main
 

@@ -13,16 +13,19 @@ HELP = """\
 usage: run_recbole_mm.py --model=NAME[,NAME...] --dataset=NAME [--KEY=VALUE ...]
 
   --model, -m NAME       LRURec, PRIME or any model of RecBole's zoo; several give one table
-  --dataset, -d NAME     a folder under --data_path (default: dataset/); mm-demo is made on first use
+  --dataset, -d NAME     a folder under --data_path (default: dataset/); mm-demo is made on first
+  use
   --config_files A,B     YAML files or recipes of properties/paper/
   --result_file PATH     write the result as JSON
-  --resume[=RUN_DIR]     go on with the newest unfinished run of this configuration, or with that one
+  --resume[=RUN_DIR]     go on with the newest unfinished run of this configuration, or with that
+  one
   --load=RUN_DIR         evaluate a finished run again
   --debug                show the traceback of an error
   --KEY=VALUE            any key of the YAML files, e.g. --epochs=5 --backbone=tiny --seed=7
 
 Examples:
-  python run_recbole_mm.py                                    # PRIME on mm-demo, no network, minutes
+  python run_recbole_mm.py                                    # PRIME on mm-demo, no network,
+  minutes
   python run_recbole_mm.py --model=SASRec,LRURec,PRIME --dataset=amazon-beauty --backbone=tiny
 """
 _SHORT = {"-m": "--model", "-d": "--dataset", "-h": "--help"}
@@ -108,14 +111,19 @@ def _train(quick_start: Any, flags: dict[str, str]) -> list[dict[str, Any]]:
     resume = flags.pop("resume", None)
     files = flags.pop("config_files", "").replace(",", " ").split()
     given = {**_from_files(files), **flags}
-    models = [name.strip() for name in str(given.get("model", _DEFAULTS["model"])).split(",") if name.strip()]
+    models = [
+        name.strip()
+        for name in str(given.get("model", _DEFAULTS["model"])).split(",")
+        if name.strip()
+    ]
     dataset = str(given.get("dataset", _DEFAULTS["dataset"]))
     overrides = {k: v for k, v in flags.items() if k not in ("model", "dataset")}
     if resume and len(models) > 1:
         raise UserError("--resume=RUN_DIR goes on with one run: name one model.")
     for model in models:  # a mistake in the last name should not cost the training of the first
         quick_start.check(model, dataset, files, overrides)
-    return [quick_start.run(model, dataset, files, overrides, resume) for model in models]
+    several = len(models) > 1
+    return [quick_start.run(model, dataset, files, overrides, resume, several) for model in models]
 
 
 def _from_files(files: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The only place that touches numpy's or RecBole's globals, so that RecBole 1.2.1 runs on today's libraries."""
+"""The only place that touches numpy's or RecBole's globals, so that RecBole 1.2.1 runs on today's
+libraries."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def restore_numpy_aliases() -> None:
 
 
 def require_recbole() -> None:
-    """Raises `UserError` when RecBole is not installed (pip leaves it out on Python 3.12 and later)."""
+    """Raises `UserError` when RecBole is not installed (pip leaves it out on Python 3.12 and
+    later)."""
     if importlib.util.find_spec("recbole") is None:
         raise UserError(
             "RecBole is not installed (its ray pin has no wheel for Python 3.12 and later): "
@@ -58,7 +60,8 @@ def register_dataset_keys(keys: Iterable[str]) -> None:
 
 
 def reset_logging() -> None:
-    """Closes the handlers of an earlier run: RecBole's `init_logger` only acts on a bare root logger."""
+    """Closes the handlers of an earlier run: RecBole's `init_logger` only acts on a bare root
+    logger."""
     root = logging.getLogger()
     for handler in list(root.handlers):
         if type(handler).__module__.startswith(("logging", "colorlog")):

@@ -1,4 +1,5 @@
-"""Configuration: RecBole's, with our models and property files in it and every mistake told in one sentence."""
+"""Configuration: RecBole's, with our models and property files in it and every mistake told in one
+sentence."""
 
 from __future__ import annotations
 
@@ -37,16 +38,68 @@ NULL_KEYS: dict[str, tuple[type, ...]] = {
 }
 # Keys that name the run itself or that RecBole reads without giving them a default.
 RUN_KEYS = frozenset(
-    "model dataset config_files backbone stages nproc ip port world_size offset local_rank "
-    "encoding contrast sim tail_ratio token_num_threshold use_filter eta norm transform "
-    "gpu_id train_stage pre_model_path selected_features additional_feat_suffix dataset_command".split()
+    [
+        "model",
+        "dataset",
+        "config_files",
+        "backbone",
+        "stages",
+        "nproc",
+        "ip",
+        "port",
+        "world_size",
+        "offset",
+        "local_rank",
+        "encoding",
+        "contrast",
+        "sim",
+        "tail_ratio",
+        "token_num_threshold",
+        "use_filter",
+        "eta",
+        "norm",
+        "transform",
+        "gpu_id",
+        "train_stage",
+        "pre_model_path",
+        "selected_features",
+        "additional_feat_suffix",
+        "dataset_command",
+    ]
 )
 # What may differ between two calls of one and the same experiment.
 VOLATILE_KEYS = frozenset(
-    "data_path checkpoint_dir device gpu_id use_gpu show_progress state worker save_every_s config_files "
-    "config_file log_wandb wandb_project run_dir backbone_spec local_rank single_spec dataset_command "
-    "MODEL_TYPE MODEL_INPUT_TYPE eval_type save_dataset dataset_save_path save_dataloaders "
-    "dataloaders_save_path eval_batch_size".split()
+    [
+        "data_path",
+        "checkpoint_dir",
+        "device",
+        "gpu_id",
+        "use_gpu",
+        "show_progress",
+        "state",
+        "worker",
+        "save_every_s",
+        "config_files",
+        "config_file",
+        "log_wandb",
+        "wandb_project",
+        "run_dir",
+        "backbone_spec",
+        "local_rank",
+        "single_spec",
+        "dataset_command",
+        "MODEL_TYPE",
+        "MODEL_INPUT_TYPE",
+        "eval_type",
+        "stages",
+        "save_dataset",
+        "dataset_save_path",
+        "save_dataloaders",
+        "dataloaders_save_path",
+        "eval_batch_size",
+        "valid_neg_sample_args",
+        "test_neg_sample_args",
+    ]
 )
 PICKLE_KEYS = ("save_dataset", "dataset_save_path", "save_dataloaders", "dataloaders_save_path")
 EVAL_CANDIDATES = ("full", "cand20", "cand100")
@@ -58,7 +111,10 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$"
+        r"|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )
 # A whole number stays an int: PyYAML asks the resolvers in order, so the int one must come first.
@@ -73,11 +129,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: it is not readable YAML, or no mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: this is not valid YAML ({getattr(error, 'problem', error)}).") from error
+        raise UserError(
+            f"{path}{line}: this is not valid YAML ({getattr(error, 'problem', error)})."
+        ) from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -86,7 +145,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A flag's value as RecBole writes it: numbers, `None`, `[20,40]`, dicts; else the text. Never evaluated."""
+    """A flag's value as RecBole writes it: numbers, `None`, `[20,40]`, dicts; else the text. Never
+    evaluated."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -145,7 +205,14 @@ _TYPE_NAMES = {
     list: "a list",
     dict: "a dict",
 }
-_CONVERT = {bool: _as_bool, int: _as_int, float: _as_float, str: _as_str, list: _as_list, dict: _as_dict}
+_CONVERT = {
+    bool: _as_bool,
+    int: _as_int,
+    float: _as_float,
+    str: _as_str,
+    list: _as_list,
+    dict: _as_dict,
+}
 
 
 def convert(key: str, value: Any, default: Any) -> Any:
@@ -163,7 +230,9 @@ def convert(key: str, value: Any, default: Any) -> Any:
         return None  # RecBole's way to switch such a key off
     converted = _CONVERT[type(default)](value) if type(default) in _CONVERT else value
     if converted is None:
-        raise UserError(f"{key}: expected {_TYPE_NAMES[type(default)]} such as {default!r}, got {value!r}.")
+        raise UserError(
+            f"{key}: expected {_TYPE_NAMES[type(default)]} such as {default!r}, got {value!r}."
+        )
     return converted
 
 
@@ -194,7 +263,8 @@ class MMConfig(Config):
             raise UserError(f"{model} on {dataset}: {error}") from error
         self._check()
 
-    # --- RecBole's hooks ---------------------------------------------------------------------------
+    # --- RecBole's hooks
+    # ---------------------------------------------------------------------------
     def compatibility_settings(self) -> None:
         compat.restore_numpy_aliases()
         compat.silence_deprecations()
@@ -228,7 +298,8 @@ class MMConfig(Config):
         self._suit_model_type(model_class, recbole_own)
         self._settle_keys()
 
-    # --- our layers --------------------------------------------------------------------------------
+    # --- our layers
+    # --------------------------------------------------------------------------------
     def _lay(self, path: Path | None) -> None:
         if path is not None:
             self.internal_config_dict.update(read_yaml(path))
@@ -253,7 +324,9 @@ class MMConfig(Config):
             loss = self.external_config_dict.get("loss_type", internal.get("loss_type"))
             if loss == "CE" and not hasattr(model_class, "input_type"):
                 internal["train_neg_sample_args"] = None  # every item is a negative
-        if internal["load_col"] == {"inter": ["user_id", "item_id"]}:  # RecBole's sample.yaml: no time
+        if internal["load_col"] == {
+            "inter": ["user_id", "item_id"]
+        }:  # RecBole's sample.yaml: no time
             internal["load_col"] = {"inter": ["user_id", "item_id", "timestamp"]}
 
     def _settle_keys(self) -> None:
@@ -263,30 +336,41 @@ class MMConfig(Config):
             known.update(arguments)
         for key, value in self.external_config_dict.items():
             if key not in known:
-                raise UserError(f"{self._where(key)}: there is no key '{key}'{nearest(key, known)}.")
+                raise UserError(
+                    f"{self._where(key)}: there is no key '{key}'{nearest(key, known)}."
+                )
             default = self.internal_config_dict.get(key)
             self.external_config_dict[key] = convert(key, value, default)
 
     def _where(self, key: str) -> str:
         return f"--{key}" if key in self.variable_config_dict else (self._files or ["config"])[-1]
 
-    # --- checks on the whole -----------------------------------------------------------------------
+    # --- checks on the whole
+    # -----------------------------------------------------------------------
     def _check(self) -> None:
         final = self.final_config_dict
         pickled = [key for key in PICKLE_KEYS if final.get(key)]
         if pickled:
-            raise UserError(f"{pickled[0]}: RecBole stores this as a pickle, which we refuse to load; leave it off.")
+            raise UserError(
+                f"{pickled[0]}: RecBole stores this as a pickle, which we refuse to load; "
+                "leave it off."
+            )
         metric, _, k = str(final["valid_metric"]).partition("@")
         if k and (not k.isdigit() or int(k) not in final["topk"]):
-            raise UserError(f"valid_metric: {metric}@{k} is not measured, add {k} to topk {final['topk']}.")
+            raise UserError(
+                f"valid_metric: {metric}@{k} is not measured, add {k} to topk {final['topk']}."
+            )
         if final["eval_candidates"] not in EVAL_CANDIDATES:
             raise UserError(
-                f"eval_candidates: '{final['eval_candidates']}' is none of {', '.join(EVAL_CANDIDATES)}."
+                f"eval_candidates: '{final['eval_candidates']}' is none of "
+                f"{', '.join(EVAL_CANDIDATES)}."
             )
         if final["train_mode"] not in ("prefix", "whole"):
             raise UserError(f"train_mode: '{final['train_mode']}' is neither prefix nor whole.")
         if final["train_mode"] not in getattr(self.model_class, "train_modes", ("prefix",)):
-            raise UserError(f"train_mode: {self.model} does not train in mode '{final['train_mode']}'.")
+            raise UserError(
+                f"train_mode: {self.model} does not train in mode '{final['train_mode']}'."
+            )
 
     @property
     def protocol(self) -> str:
@@ -320,19 +404,23 @@ def resolve_backbone(name: str, default: str) -> tuple[dict[str, Any], dict[str,
     """A backbone's description and the model keys it sets.
 
     Args:
-        name: a file of `properties/backbone/`, `tiny` (the tiny form of the model's own default family),
+        name: a file of `properties/backbone/`, `tiny` (the tiny form of the model's own default
+            family),
             `tiny-FAMILY`, or a local folder with weights of the default's family.
         default: the model's own backbone, from its YAML.
 
     Returns:
-        The mapping `load_backbone` takes, with `name`, `is_tiny` and `tiny` (sizes) in it; the settings.
+        The mapping `load_backbone` takes, with `name`, `is_tiny` and `tiny` (sizes) in it; the
+        settings.
 
     Raises:
         UserError: no such backbone.
     """
     is_tiny = name == "tiny" or name.startswith("tiny-")
     is_folder = not is_tiny and property_file("backbone", name) is None and Path(name).is_dir()
-    base = default if name == "tiny" or is_folder else name.removeprefix("tiny-") if is_tiny else name
+    base = (
+        default if name == "tiny" or is_folder else name.removeprefix("tiny-") if is_tiny else name
+    )
     path = property_file("backbone", base)
     if path is None:
         known = sorted(p.stem for p in (properties_dir() / "backbone").glob("*.yaml"))

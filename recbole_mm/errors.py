@@ -1,4 +1,5 @@
-"""The one exception that a user sees: a sentence that says what is wrong, where, and how to mend it."""
+"""The one exception that a user sees: a sentence that says what is wrong, where, and how to mend
+it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Where the property files are: beside the package (wheel) or beside the checkout, from any directory."""
+"""Where the property files are: beside the package (wheel) or beside the checkout, from any
+directory."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ _PACKAGE = Path(__file__).resolve().parent
 def properties_dir() -> Path:
     """The folder of YAML files: `$RECBOLE_MM_PROPERTIES`, the wheel's copy, or the checkout's."""
     override = os.environ.get("RECBOLE_MM_PROPERTIES")
-    candidates = [Path(override)] if override else [_PACKAGE / "properties", _PACKAGE.parent / "properties"]
+    candidates = (
+        [Path(override)] if override else [_PACKAGE / "properties", _PACKAGE.parent / "properties"]
+    )
     for folder in candidates:
         if (folder / "overall.yaml").is_file():
             return folder

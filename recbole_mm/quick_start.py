@@ -1,4 +1,5 @@
-"""From a model's name and a dataset's to a trained model and its result: what the command line calls."""
+"""From a model's name and a dataset's to a trained model and its result: what the command line
+calls."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from recbole_mm import compat, registry
 from recbole_mm.config import MMConfig
 from recbole_mm.errors import UserError, nearest
 from recbole_mm.trainer.checkpoint import write_json
-from recbole_mm.trainer.run import Run, run_for
+from recbole_mm.trainer.run import Run, newest_run, run_for
 
 DEMOS = ("mm-demo", "mm-demo-permuted")  # made on first use
 _PACKAGES = ("torch", "numpy", "pandas", "recbole", "transformers", "peft", "bitsandbytes")
@@ -43,6 +44,7 @@ def run(
     config_files: Iterable[str] = (),
     overrides: Mapping[str, Any] | None = None,
     resume: str | None = None,
+    one_of_several: bool = False,
 ) -> dict[str, Any]:
     """Trains and tests one model.
 
@@ -51,7 +53,10 @@ def run(
         dataset: a folder under `data_path`.
         config_files: YAML files or recipes.
         overrides: keys of the configuration; strings are parsed as flags are.
-        resume: "" goes on with the newest unfinished run of this configuration, a folder with that one.
+        resume: "" goes on with the newest unfinished run of this configuration, a folder with that
+            one.
+        one_of_several: with `resume`, a finished run gives its stored result and a missing one is
+            started.
 
     Returns:
         The result, as `--result_file` stores it.
@@ -60,20 +65,29 @@ def run(
         UserError: a mistake in names, keys, values or data.
     """
     config = MMConfig(model, dataset, config_files, overrides)
+    if resume == "" and one_of_several:
+        newest = newest_run(config)
+        if newest and newest.state["status"] == "finished":
+            return dict(json.loads((newest.folder / "result.json").read_text(encoding="utf-8")))
+        resume = resume if newest else None
     place = run_for(config, resume, _earlier_stages(config))
     if config["stages"] and (resume is not None or _earlier_stages(config)):
         place.forget_if_all_done(list(config["stages"]))
     return _work(config, place, train=True)
 
 
-def check(model: str, dataset: str, config_files: Iterable[str], overrides: Mapping[str, Any]) -> None:
+def check(
+    model: str, dataset: str, config_files: Iterable[str], overrides: Mapping[str, Any]
+) -> None:
     """Raises `UserError` for what can be known to fail before anything is trained."""
     config = MMConfig(model, dataset, config_files, overrides)
     if dataset not in DEMOS:
         ensure_dataset(config)
 
 
-def load(folder: str, data_path: str | None = None, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def load(
+    folder: str, data_path: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Evaluates a finished run again.
 
     Args:
@@ -86,19 +100,13 @@ def load(folder: str, data_path: str | None = None, overrides: Mapping[str, Any]
         raise UserError(f"--load: {folder} is not finished: go on with it by --resume={folder}.")
     settings = place.config()
     own = {k: v for k, v in settings.items() if k not in ("model", "dataset", "backbone_spec")}
-    own |= _as_given(own)
+    if (own["train_neg_sample_args"] or {}).get("distribution") == "none":
+        own["train_neg_sample_args"] = None  # RecBole's Config writes a dict and takes None
     extra = {"data_path": data_path} if data_path else {}
-    config = MMConfig(settings["model"], settings["dataset"], (), {**own, **extra, **dict(overrides or {})})
+    config = MMConfig(
+        settings["model"], settings["dataset"], (), {**own, **extra, **dict(overrides or {})}
+    )
     return _work(config, place, train=False)
-
-
-def _as_given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys that RecBole rewrites, in the form that its `Config` accepts again."""
-    given: dict[str, Any] = {}
-    for key in ("train_neg_sample_args", "valid_neg_sample_args", "test_neg_sample_args"):
-        value = settings.get(key)
-        given[key] = None if value and value.get("distribution") == "none" else value
-    return given
 
 
 def _earlier_stages(config: MMConfig) -> list[str]:
@@ -117,10 +125,10 @@ def _work(config: MMConfig, place: Run, train: bool) -> dict[str, Any]:
     model = build_model(config, data)
     logger.info(model)
     rows, trainer = (_staged if is_staged(model) else _zoo)(config, model, data, place, train)
-    if train:
-        place.finish()
     result = _result(config, place, model, data, trainer, rows, time.perf_counter() - started)
     write_json(place.folder / "result.json", result)
+    if train:
+        place.finish()
     logger.info(f"Run folder: {place.folder}")
     return result
 
@@ -136,7 +144,8 @@ def _start_logging(config: MMConfig) -> None:
 
 
 def prepare_data(config: MMConfig) -> Data:
-    """Reads a dataset and splits it as the configuration says; makes `mm-demo` when it is not there yet.
+    """Reads a dataset and splits it as the configuration says; makes `mm-demo` when it is not
+    there yet.
 
     Raises:
         UserError: the dataset is not there; the sentence names the command that makes it.
@@ -176,7 +185,8 @@ def ensure_dataset(config: MMConfig) -> None:
         return
     near = [p.name for p in folder.parent.glob("*") if p.is_dir()] if folder.parent.is_dir() else []
     command = config["dataset_command"] or (
-        f"python -m dataset_tools table --name {name} --interactions FILE --items FILE --out {folder.parent}"
+        f"python -m dataset_tools table --name {name} --interactions FILE --items FILE "
+        f"--out {folder.parent}"
     )
     raise UserError(
         f"--dataset: there is no {folder / (name + '.inter')}{nearest(name, near + list(DEMOS))}; "
@@ -197,7 +207,9 @@ def is_staged(model: Any) -> bool:
     return hasattr(model, "make_stages")
 
 
-def _staged(config: MMConfig, model: Any, data: Data, place: Run, train: bool) -> tuple[list[dict[str, Any]], Any]:
+def _staged(
+    config: MMConfig, model: Any, data: Data, place: Run, train: bool
+) -> tuple[list[dict[str, Any]], Any]:
     from recbole_mm.trainer.staged import StagedTrainer
 
     trainer = StagedTrainer(config, model, place)
@@ -222,17 +234,24 @@ def _measure(trainer: Any, data: Data, readout: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"name": readout.name, "chosen": readout.chosen, **readout.extra}
     for phase, loader in (("valid", data.valid), ("test", data.test)):
         row[phase] = trainer.evaluate(
-            loader, load_best_model=False, show_progress=config["show_progress"], every_protocol=True
+            loader,
+            load_best_model=False,
+            show_progress=config["show_progress"],
+            every_protocol=True,
         )
         row[f"{phase}_protocols"] = trainer.all_results
     return row
 
 
-def _zoo(config: MMConfig, model: Any, data: Data, place: Run, train: bool) -> tuple[list[dict[str, Any]], Any]:
+def _zoo(
+    config: MMConfig, model: Any, data: Data, place: Run, train: bool
+) -> tuple[list[dict[str, Any]], Any]:
     from recbole_mm.stage import Readout
     from recbole_mm.trainer.zoo import STAGE, epochs_trained, zoo_trainer
 
-    trainer = zoo_trainer(registry.get_trainer_base(config["MODEL_TYPE"], config["model"]))(config, model)
+    trainer = zoo_trainer(registry.get_trainer_base(config["MODEL_TYPE"], config["model"]))(
+        config, model
+    )
     trainer.start(place, data.train)
     if train and not place.is_done(STAGE):
         trainer.fit(data.train, data.valid, saved=True, show_progress=config["show_progress"])
@@ -242,7 +261,13 @@ def _zoo(config: MMConfig, model: Any, data: Data, place: Run, train: bool) -> t
 
 
 def _result(
-    config: MMConfig, place: Run, model: Any, data: Data, trainer: Any, rows: list[dict[str, Any]], seconds: float
+    config: MMConfig,
+    place: Run,
+    model: Any,
+    data: Data,
+    trainer: Any,
+    rows: list[dict[str, Any]],
+    seconds: float,
 ) -> dict[str, Any]:
     from recbole.utils import ModelType
 

@@ -1,4 +1,5 @@
-"""Name -> model and trainer, as dotted names that are imported on demand: ours first, then RecBole's."""
+"""Name -> model and trainer, as dotted names that are imported on demand: ours first, then
+RecBole's."""
 
 from __future__ import annotations
 
@@ -14,11 +15,26 @@ MODELS = {
 }
 
 # RecBole's models, mended in subclasses of the same name.
-MENDED: dict[str, str] = {}
+MENDED: dict[str, str] = {
+    **{
+        name: f"recbole_mm.model.zoo_graph:{name}"
+        for name in ("GCMC", "LightGCN", "NCL", "NGCF", "SpectralCF")
+    },
+    **{
+        name: f"recbole_mm.model.zoo:{name}"
+        for name in (
+            *("DiffRec", "GRU4Rec", "KSR", "LDiffRec", "MacridVAE"),
+            *("MultiVAE", "RaCT", "S3Rec", "SASRec"),
+        )
+    },
+    "Random": "recbole.model.general_recommender.random:Random",  # its module imports `random`
+}
 
 TRAINERS = {
     "LRURec": "recbole_mm.trainer.staged:StagedTrainer",
     "PRIME": "recbole_mm.trainer.staged:StagedTrainer",
+    "RaCT": "recbole_mm.trainer.phased:PhasedTrainer",
+    "S3Rec": "recbole_mm.trainer.phased:PhasedTrainer",
 }
 
 _ZOO_ROOMS = ("general", "sequential", "context_aware", "knowledge_aware")
@@ -73,7 +89,9 @@ def get_model(name: str) -> type:
     try:
         return getattr(importlib.import_module(path), name)
     except ImportError as error:
-        raise UserError(f"Model {name} needs the package '{error.name}': pip install it.") from error
+        raise UserError(
+            f"Model {name} needs the package '{error.name}': pip install it."
+        ) from error
 
 
 def get_trainer_base(model_type: Any, name: str) -> type:

@@ -1,7 +1,8 @@
 """What a model that trains in stages tells the trainer about each of them.
 
 The trainer knows stages and never a model: it walks a stage's plan, steps the optimiser, validates,
-keeps the best weights and can stop and go on at any step. The model says what a batch is and what its
+keeps the best weights and can stop and go on at any step. The model says what a batch is and what
+its
 loss is.
 """
 

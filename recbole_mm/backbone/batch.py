@@ -37,9 +37,13 @@ class PromptBatch:
 
     def to(self, device: torch.device) -> PromptBatch:
         """The batch on another device."""
-        moved = (t.to(device) for t in (self.ids, self.positions, self.last))
         return PromptBatch(
-            *moved, self.items, self.image_at.to(device), self.image_row.to(device)
+            self.ids.to(device),
+            self.positions.to(device),
+            self.last.to(device),
+            self.items,
+            self.image_at.to(device),
+            self.image_row.to(device),
         )
 
 
@@ -82,12 +86,11 @@ def _slots(
     return list(first_row), np.concatenate(at), np.concatenate(rows)
 
 
-def by_length(lengths: Sequence[int], batch_size: int, max_tokens: int) -> Iterator[list[int]]:
+def by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Splits prompts, longest first, into batches of like length.
 
     Args:
         lengths: tokens of each prompt.
-        batch_size: prompts in a batch, at most.
         max_tokens: padded tokens in a batch, at most; a single longer prompt is a batch of one.
 
     Yields:
@@ -96,6 +99,6 @@ def by_length(lengths: Sequence[int], batch_size: int, max_tokens: int) -> Itera
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     start = 0
     while start < len(order):
-        fits = max(1, min(batch_size, max_tokens // max(1, lengths[order[start]])))
+        fits = max(1, max_tokens // max(1, lengths[order[start]]))
         yield order[start : start + fits]
         start += fits

@@ -23,7 +23,7 @@ class Pixels:
     """One image as the vision tower takes it.
 
     Attributes:
-        values: patches or pixels, normalised. Shape: by family; Qwen2-VL: (patches, 3 * 2 * 14 * 14).
+        values: patches, normalised. Shape: (patches, D of a patch); Qwen2-VL: D = 3 * 2 * 14 * 14.
         grid: patches in time, height and width.
     """
 
@@ -39,7 +39,7 @@ class Family(Protocol):
         chat_tail: text between the user's words and the answer.
         answer_end: special token that ends an answer.
         axes: axes of the rotary position embedding.
-        frozen_parts: names in a parameter's path that LoRA and quantisation leave alone.
+        frozen_parts: paths of the modules that LoRA and quantisation leave alone.
     """
 
     chat_head: str
@@ -75,7 +75,7 @@ class Qwen2VL:
     chat_tail = "<|im_end|>\n<|im_start|>assistant\n"
     answer_end = "<|im_end|>"
     axes = 3  # time, height, width
-    frozen_parts = ("visual", "lm_head")
+    frozen_parts: tuple[str, ...] = ("model.visual", "lm_head")
     _most_stretched = 200  # the resizer's own limit of width to height
 
     def __init__(self, tokenizer: Any, min_pixels: int, max_pixels: int) -> None:

@@ -6,7 +6,12 @@ so that torchvision is not needed.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
+import re
+import urllib.error
+import urllib.request
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,10 +24,22 @@ from recbole_mm.backbone.batch import PromptBatch
 from recbole_mm.backbone.families import FAMILIES, Family
 from recbole_mm.backbone.prompt import TextEncoder
 from recbole_mm.backbone.tiny import TinySizes, build_qwen2_vl, fingerprint, train_tokenizer
-from recbole_mm.backbone.vision import ItemImages
+from recbole_mm.backbone.vision import FeatureLog, ItemImages
 from recbole_mm.errors import UserError, nearest
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PATIENCE_S = 5.0
+# Keys of a description that a run may set by themselves; a backbone's YAML has them in `settings:`.
+RUN_KEYS = (
+    "quantize",
+    "attention",
+    "min_pixels",
+    "max_pixels",
+    "gradient_checkpointing",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+)
 _QUANTIZE = ("none", "nf4")
 _ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
@@ -75,7 +92,9 @@ class BackboneSpec:
         known = {field.name for field in fields(cls)}
         for key in mapping:
             if key not in known:
-                raise UserError(f"backbone {mapping.get('name')}: no key '{key}'{nearest(key, known)}.")
+                raise UserError(
+                    f"backbone {mapping.get('name')}: no key '{key}'{nearest(key, known)}."
+                )
         spec = cls(**mapping)
         for key, value, allowed in (
             ("family", spec.family, FAMILIES),
@@ -121,6 +140,23 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
+
+    def vision_log(self, cache: Path) -> FeatureLog | None:
+        """Where a frozen tower's rows are kept below `cache`; None for a trained tower."""
+        if self.trains_vision:
+            return None
+        model: Any = self.model
+        width = model.get_input_embeddings().weight.shape[1]
+        dtype = next(self.family.vision_tower(model).parameters()).dtype
+        spec = self.spec
+        parts = [spec.model, spec.min_pixels, spec.max_pixels, str(dtype), width]
+        if Path(spec.model).is_dir():
+            files = sorted(Path(spec.model).resolve().glob("*.safetensors"))
+            parts += [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        else:
+            parts.append(getattr(model.config, "_commit_hash", None) or spec.revision)
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return FeatureLog(cache / f"vision-{key}", width, dtype)
 
     def hidden(self, batch: PromptBatch, images: ItemImages, positions: int = 1) -> Tensor:
         """Final hidden states of the last `positions` tokens of each prompt, in one forward pass.
@@ -171,7 +207,9 @@ def load_backbone(
     _require("transformers", "tokenizers")
     if spec.is_tiny:
         sizes = TinySizes(**(spec.tiny or {}))
-        tokenizer = train_tokenizer(texts, fixed, sizes.vocab_size)
+        family = FAMILIES[spec.family]
+        chat = re.sub(r"<\|\w+\|>", "", family.chat_head + family.chat_tail)
+        tokenizer = train_tokenizer(texts, [chat, *fixed], sizes.vocab_size)
         return Backbone(spec, build_qwen2_vl(sizes, tokenizer, seed, _attention(spec)), tokenizer)
     model, tokenizer = _pretrained(spec)
     with torch.random.fork_rng(devices=[]):
@@ -197,29 +235,52 @@ def _attention(spec: BackboneSpec) -> str:
             "attention is flash_attention_2, which needs a CUDA GPU, the package flash-attn and "
             "16-bit weights: set attention to auto or sdpa."
         )
-    return ("flash_attention_2" if usable else "sdpa") if spec.attention == "auto" else spec.attention
+    return (
+        ("flash_attention_2" if usable else "sdpa") if spec.attention == "auto" else spec.attention
+    )
 
 
 def _pretrained(spec: BackboneSpec) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
+    where: dict[str, Any] = {
+        "revision": spec.revision or "main",
+        "local_files_only": not _is_online(spec.model),
+    }
     settings: dict[str, Any] = {
         "dtype": _DTYPES[spec.dtype],
         "attn_implementation": _attention(spec),
-        "revision": spec.revision or "main",
     }
     if spec.quantize == "nf4":
         settings["quantization_config"] = _nf4(spec)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.model, revision=spec.revision or "main")
-        model = Qwen2VLForConditionalGeneration.from_pretrained(spec.model, **settings)
-    except (OSError, ConnectionError) as error:
-        where = "that folder" if Path(spec.model).is_dir() else "the cache, and they cannot be fetched"
+        model = Qwen2VLForConditionalGeneration.from_pretrained(spec.model, **where, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(spec.model, **where)
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"The weights of backbone '{spec.name}' ({spec.model}) are not in {where}: choose "
-            "--backbone=tiny, which needs none, or --backbone=FOLDER with the weights in it."
+            f"The weights of backbone '{spec.name}' ({spec.model}) are neither cached nor "
+            "reachable, or are incomplete: choose --backbone=tiny, which needs none, or "
+            "--backbone=FOLDER, a local folder with the weights and the tokenizer."
         ) from error
     return model, tokenizer
+
+
+def _is_online(model: str) -> bool:
+    """Whether the hub answers; asked once, because its client waits long for one that does not."""
+    if Path(model).is_dir():
+        return False
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    hub = urllib.request.Request(constants.ENDPOINT, method="HEAD")  # noqa: S310 (the user's hub)
+    try:
+        with urllib.request.urlopen(hub, timeout=_PATIENCE_S):  # noqa: S310
+            return True
+    except urllib.error.HTTPError:
+        return True  # it answers, if with a complaint
+    except OSError:
+        return False
 
 
 def _nf4(spec: BackboneSpec) -> Any:
@@ -239,7 +300,9 @@ def _adapt(model: Any, spec: BackboneSpec) -> None:
     """Freezes the model and puts adapters on every Linear of the language model, in fp32."""
     if spec.lora_r == 0:
         if spec.quantize != "none":
-            raise UserError("lora_r is 0: quantised weights cannot be trained, set lora_r or quantize: none.")
+            raise UserError(
+                "lora_r is 0: quantised weights cannot be trained, set lora_r or quantize: none."
+            )
         return
     _require("peft")
     from peft import LoraConfig, inject_adapter_in_model
@@ -248,7 +311,7 @@ def _adapt(model: Any, spec: BackboneSpec) -> None:
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(part in name for part in skipped)
+        if isinstance(module, nn.Linear) and not name.startswith(skipped)
     ]
     model.requires_grad_(False)
     config = LoraConfig(

@@ -23,6 +23,7 @@ Ids = NDArray[np.int64]
 # variation selectors, the byte order mark, tags; and lone surrogates, which no tokenizer takes.
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _SPACES = re.compile(r"\s+")
+_HISTORY, _CANDIDATES = "History:\n", "Candidates:\n"
 _CHARACTERS_PER_TOKEN = 32  # text beyond this many times the budget is not even looked at
 
 
@@ -139,6 +140,11 @@ class PromptStyle:
     attributes: tuple[str, ...]
     max_attr_tokens: int
 
+    def fixed_text(self) -> list[str]:
+        """Everything a prompt says besides what its items say."""
+        keys = ", ".join(f'"{name}": ""' for name in self.attributes)
+        return [f"{self.instruction}\n{_HISTORY}{_CANDIDATES}", f" {{{keys}}}\n"]
+
 
 class PromptWriter:
     """Writes ranking prompts: history from oldest to newest, then candidates under letters.
@@ -164,8 +170,8 @@ class PromptWriter:
         self.encoder, self.style, self.axes = encoder, style, int(family.axes)
         self._text, self._image = text, image
         self._lines: dict[int, Prompt] = {}
-        self._opening = self._trusted(f"{family.chat_head}{style.instruction}\nHistory:\n")
-        self._between = self._trusted("Candidates:\n")
+        self._opening = self._trusted(f"{family.chat_head}{style.instruction}\n{_HISTORY}")
+        self._between = self._trusted(_CANDIDATES)
         self._closing = self._trusted(family.chat_tail)
         self._labels = [self._trusted(f"({letter})") for letter in letters]
 

@@ -36,7 +36,9 @@ class FeatureLog:
 
     def __init__(self, folder: Path, width: int, dtype: torch.dtype) -> None:
         self.folder, self.width, self.dtype = folder, width, dtype
-        self._plain = {2: np.dtype(np.int16), 4: np.dtype(np.int32)}[dtype.itemsize]
+        # numpy has no bfloat16: the bits go to disk as integers of the same size.
+        self._bits = torch.int16 if dtype.itemsize == 2 else torch.int32
+        self._bytes = width * dtype.itemsize  # of a row
         self._found: dict[str, tuple[Path, int, int, Grid]] = {}
         self._own = folder / uuid.uuid4().hex
         for index in sorted(folder.glob("*.jsonl")):
@@ -49,7 +51,7 @@ class FeatureLog:
             with suppress(ValueError, KeyError, TypeError):
                 record = json.loads(line)
                 offset, rows = int(record["offset"]), int(record["rows"])
-                if offset + rows * self.width * self._plain.itemsize <= size:
+                if offset + rows * self._bytes <= size:
                     time, height, width = record["grid"]
                     yield record["key"], (rows_file, offset, rows, (time, height, width))
 
@@ -62,7 +64,7 @@ class FeatureLog:
         if key not in self._found:
             return None
         path, offset, rows, _ = self._found[key]
-        flat = np.fromfile(path, dtype=self._plain, count=rows * self.width, offset=offset)
+        flat = np.fromfile(path, dtype=np.uint8, count=rows * self._bytes, offset=offset)
         return torch.from_numpy(flat).view(self.dtype).view(rows, self.width)
 
     def append(self, key: str, grid: Grid, rows: Tensor) -> None:
@@ -72,7 +74,7 @@ class FeatureLog:
         path, index = self._own.with_suffix(".bin"), self._own.with_suffix(".jsonl")
         with path.open("ab") as file:
             offset = file.seek(0, os.SEEK_END)
-            file.write(whole.view(torch.int16 if self.dtype.itemsize == 2 else torch.int32).numpy())
+            file.write(whole.view(self._bits).numpy().tobytes())
         record = {"key": key, "offset": offset, "rows": len(whole), "grid": list(grid)}
         with index.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -155,8 +157,10 @@ class ItemImages:
             return None
         if item not in self._keys:
             path = self._source(item)
-            found = path is not None and path.is_file()
-            self._keys[item] = hashlib.sha256(path.read_bytes()).hexdigest() if found else None
+            if path is None or not path.is_file():
+                self._keys[item] = None
+            else:
+                self._keys[item] = hashlib.sha256(path.read_bytes()).hexdigest()
         return self._keys[item]
 
     @torch.no_grad()

@@ -30,10 +30,6 @@ from recbole_mm.data.frames import FrameMends
 from recbole_mm.data.sequences import UserSequences, group_by_user
 from recbole_mm.errors import UserError
 
-GATHER_ROWS = (
-    65_536  # rows of lists that are gathered at a time, to bound the memory of their indices
-)
-
 
 @dataclass(frozen=True)
 class Prefixes:
@@ -87,15 +83,17 @@ def gather_lists(
     Returns:
         Shape: (R, *shape).
     """
-    lists = torch.zeros((len(rows.target), *shape), dtype=dtype)
-    inner = tuple(slice(0, size) for size in values.shape[1:])
-    padded = torch.cat([values, values.new_zeros((1, *values.shape[1:]))]).to(dtype)
-    steps = torch.arange(shape[0])
-    for chunk in torch.arange(len(rows.target)).split(GATHER_ROWS):
-        place = rows.begin[chunk, None] + steps  # (r, L)
-        place[steps >= rows.length[chunk, None]] = len(values)  # the row of zeros
-        lists[(slice(int(chunk[0]), int(chunk[-1]) + 1), slice(None), *inner)] = padded[place]
-    return lists
+    inner = values.shape[1:]
+    padded = torch.cat([values, values.new_zeros((shape[0], *inner))]).to(dtype)
+    windows = padded.unfold(0, shape[0], 1).movedim(-1, 1)  # (N + 1, L, *), a view
+    lists = windows[rows.begin].contiguous()  # (R, L, *)
+    beyond = torch.arange(shape[0]) >= rows.length[:, None]  # (R, L)
+    lists.masked_fill_(beyond[(..., *[None] * len(inner))], 0)
+    if inner == tuple(shape[1:]):
+        return lists
+    wide = torch.zeros((len(lists), *shape), dtype=dtype)
+    wide[(slice(None), slice(None), *(slice(0, size) for size in inner))] = lists
+    return wide
 
 
 class MMParts(FrameMends):
@@ -106,7 +104,6 @@ class MMParts(FrameMends):
     """
 
     inter_feat: Any
-
     sequences: UserSequences | None = None
     train_sequences: UserSequences | None = None
 
@@ -256,11 +253,16 @@ class MMDIENDataset(MMSequentialDataset, DIENDataset):
         return lists
 
 
-class MMKnowledgeDataset(MMDataset, KnowledgeBasedDataset):
+class _KnowledgeFiles(FrameMends):
+    def _needed_files(self) -> list[str]:
+        return [*super()._needed_files(), "kg", "link"]
+
+
+class MMKnowledgeDataset(_KnowledgeFiles, MMDataset, KnowledgeBasedDataset):
     """RecBole's `KnowledgeBasedDataset` (``.kg`` and ``.link`` files)."""
 
 
-class MMKGSeqDataset(MMSequentialDataset, KGSeqDataset):
+class MMKGSeqDataset(_KnowledgeFiles, MMSequentialDataset, KGSeqDataset):
     """RecBole's `KGSeqDataset`: sequences and a knowledge graph."""
 
 

@@ -103,7 +103,6 @@ def read_columns(path: Path, columns: list[Column], separator: str, encoding: st
         frame = pd.read_csv(
             path,
             sep=separator,
-            usecols=[c.header for c in columns],
             dtype=object,
             encoding=encoding,
             keep_default_na=False,
@@ -112,6 +111,8 @@ def read_columns(path: Path, columns: list[Column], separator: str, encoding: st
         )
     except (pd.errors.ParserError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a clean atomic file: {error}.") from error
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes what is too much for row names
+        raise UserError(f"{path}, row 2: there are more fields than columns in the header.")
     for header in numbers:
         frame[header] = _to_float(frame[header], path)
     frame = frame[[c.header for c in columns]]
@@ -159,14 +160,24 @@ class FrameMends(Dataset):
             "atomic files with `python -m dataset_tools table` or set --data_path."
         )
 
-    def _load_additional_feat(self, token: str, dataset_path: str) -> None:
-        ours = [s for s in self.config["additional_feat_suffix"] or [] if s in SIDE_FILES]
-        if ours:
-            raise UserError(
-                f"additional_feat_suffix names '{ours[0]}', which RecBole cannot read: "
-                "leave it out, side files are found by themselves."
-            )
-        super()._load_additional_feat(token, dataset_path)
+    def _load_data(self, token: str, dataset_path: str) -> None:
+        for suffix in self._needed_files() if Path(dataset_path).is_dir() else ():
+            if suffix in SIDE_FILES:
+                raise UserError(
+                    f"additional_feat_suffix names '{suffix}', which RecBole cannot read: "
+                    "leave it out, side files are found by themselves."
+                )
+            path = Path(dataset_path) / f"{token}.{suffix}"
+            if not path.is_file():
+                raise UserError(
+                    f"{self.config['model']} needs the file {path}, which is not there."
+                )
+        super()._load_data(token, dataset_path)
+
+    def _needed_files(self) -> list[str]:
+        """Suffixes of the files without which there is no dataset for this model."""
+        inter = [f"{part}.inter" for part in self.benchmark_filename_list or ()] or ["inter"]
+        return inter + list(self.config["additional_feat_suffix"] or ())
 
     def _load_feat(self, filepath: str, source: FeatureSource | str) -> AtomicFrame | None:
         """Reads an atomic file and notes the type, source and length of its columns."""

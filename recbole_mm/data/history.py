@@ -1,4 +1,5 @@
-"""What the evaluation loaders need beside their rows: what each user had before, and fixed candidates."""
+"""What the evaluation loaders need beside their rows: what each user had before, and fixed
+candidates."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def attach_history(train: Any, valid: Any, test: Any) -> None:
         pairs.append((feat[part.uid_field].numpy(), feat[part.iid_field].numpy()))
 
 
-def _matrix(pairs: list[tuple[NDArray[np.int64], NDArray[np.int64]]], shape: tuple[int, int]) -> sp.csr_matrix:
+def _matrix(
+    pairs: list[tuple[NDArray[np.int64], NDArray[np.int64]]], shape: tuple[int, int]
+) -> sp.csr_matrix:
     users, items = (np.concatenate(column) for column in zip(*pairs, strict=True))
     matrix = sp.csr_matrix((np.ones(len(users), dtype=bool), (users, items)), shape=shape)
     matrix.sum_duplicates()
@@ -37,7 +40,8 @@ def _matrix(pairs: list[tuple[NDArray[np.int64], NDArray[np.int64]]], shape: tup
 
 
 def attach_candidates(name: str, valid: Any, test: Any) -> None:
-    """Gives the evaluation loaders `candidates`: the negatives of each user id. Shape: (users, N)."""
+    """Gives the evaluation loaders `candidates`: the negatives of each user id. Shape: (users,
+    N)."""
     for phase, loader in (("valid", valid), ("test", test)):
         users, lists = candidates_of_part(loader._dataset, name, phase, CANDIDATE_SEED)
         by_user = np.zeros((loader._dataset.user_num, lists.shape[1]), dtype=np.int64)

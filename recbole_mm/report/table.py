@@ -13,7 +13,10 @@ def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(str(line[i])) for line in [header, *rows]) for i in range(len(header))]
     lines = []
     for line in [header, *rows]:
-        cells = [str(c).rjust(w) if i else str(c).ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        cells = [
+            str(c).rjust(w) if i else str(c).ljust(w)
+            for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
@@ -23,7 +26,8 @@ def _metric(result: Mapping[str, float] | None, name: str) -> str:
 
 
 def _shown(names: Sequence[str], metric: str, few: bool) -> list[str]:
-    """Which metrics fit a screen: recall and ndcg; with two columns each, only at the k that chose the model."""
+    """Which metrics fit a screen: recall and ndcg; with two columns each, only at the k that chose
+    the model."""
     kept = [n for n in names if n.split("@")[0] in ("recall", "ndcg")] or list(names)
     ks = list(dict.fromkeys(n.partition("@")[2] for n in kept))
     k = metric.partition("@")[2]
@@ -49,7 +53,8 @@ def _value(result: Mapping[str, Any], row: Mapping[str, Any], where: str, name: 
 def result_table(results: Sequence[Mapping[str, Any]]) -> str:
     """One table of all results, test metrics, with what is needed to read them rightly.
 
-    General models rank what they were trained on first when the history is not masked, so a table that
+    General models rank what they were trained on first when the history is not masked, so a table
+    that
     has one shows both columns.
 
     Args:
@@ -58,11 +63,20 @@ def result_table(results: Sequence[Mapping[str, Any]]) -> str:
     first = results[0]
     masked = first["protocol"].startswith("full") and any(r["general"] for r in results)
     columns = _columns(results, masked)
-    header = ["model", "backbone", "train mode", "trained", *(title for title, _, _ in columns), "seconds"]
+    header = [
+        "model",
+        "backbone",
+        "train mode",
+        "trained",
+        *(title for title, _, _ in columns),
+        "seconds",
+    ]
     lines = []
     for result in results:
         trained = _trained(result)
-        for row in result["rows"] or [{"name": "", "test": result["test"], "test_protocols": result["test_protocols"]}]:
+        for row in result["rows"] or [
+            {"name": "", "test": result["test"], "test_protocols": result["test_protocols"]}
+        ]:
             name = f"{result['model']} {row['name']}".strip()
             cells = [_value(result, row, where, metric) for _, where, metric in columns]
             backbone, mode = result["backbone"] or "-", result["train_mode"]

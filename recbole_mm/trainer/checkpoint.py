@@ -1,7 +1,9 @@
 """Checkpoint folders without pickle: safetensors, plain YAML and JSON, written whole or not at all.
 
-A folder holds `model.safetensors`, `config.yaml`, `items.txt` (raw item tokens in id order), `state.json`,
-`README.md` and, while a stage is running, `optimizer.pt` (tensors only, loaded with `weights_only=True`).
+A folder holds `model.safetensors`, `config.yaml`, `items.txt` (raw item tokens in id order),
+`state.json`,
+`README.md` and, while a stage is running, `optimizer.pt` (tensors only, loaded with
+`weights_only=True`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import scipy.sparse as sp
@@ -63,7 +65,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes the folder beside its name and swaps it in; a kill leaves the earlier one or this one whole.
+    """Writes the folder beside its name and swaps it in; a kill leaves the earlier one or this one
+    whole.
 
     Args:
         folder: where it goes, e.g. `saved/RUN/ranker/best`.
@@ -130,7 +133,9 @@ def read_checkpoint(folder: Path, device: torch.device | str = "cpu") -> Checkpo
         tensors=load_file(path / "model.safetensors", device=str(device)),
         state=json.loads((path / "state.json").read_text(encoding="utf-8")),
         config=yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")),
-        items=[_unline(line) for line in (path / "items.txt").read_text(encoding="utf-8").split("\n")],
+        items=[
+            _unline(line) for line in (path / "items.txt").read_text(encoding="utf-8").split("\n")
+        ],
         optimizer=optimizer,
     )
 
@@ -152,13 +157,14 @@ def _card(checkpoint: Checkpoint) -> str:
         f"# {config.get('model', 'model')} on {config.get('dataset', 'a dataset')}\n\n"
         f"Stage `{state.get('stage', 'train')}`, seed {config.get('seed')}, "
         f"{len(checkpoint.tensors)} tensors, {max(len(checkpoint.items) - 1, 0)} items.\n\n"
-        "`model.safetensors` holds the weights, `config.yaml` the settings, `items.txt` the raw item tokens "
-        "in id order, `state.json` the progress. Nothing here is a pickle.\n\n"
+        "`model.safetensors` holds the weights, `config.yaml` the settings, `items.txt` the raw "
+        "item tokens in id order, `state.json` the progress. Nothing here is a pickle.\n\n"
         "| validation | value |\n|---|---|\n" + rows + "\n"
     )
 
 
-# --- RecBole's `other_parameter`: what a model needs beside its weights ------------------------------
+# --- RecBole's `other_parameter`: what a model needs beside its weights
+# ------------------------------
 
 
 def pack_other(parameters: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -186,10 +192,14 @@ def _pack_one(name: str, value: Any) -> dict[str, Tensor]:
         coo = value.tocoo()
         return {
             f":sparse.{value.format}.data": torch.from_numpy(coo.data),
-            f":sparse.{value.format}.index": torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64)),
+            f":sparse.{value.format}.index": torch.from_numpy(
+                np.stack([coo.row, coo.col]).astype(np.int64)
+            ),
             f":sparse.{value.format}.shape": torch.tensor(coo.shape),
         }
-    raise TypeError(f"cannot store the attribute '{name}' of type {type(value).__name__} without pickle")
+    raise TypeError(
+        f"cannot store the attribute '{name}' of type {type(value).__name__} without pickle"
+    )
 
 
 def unpack_other(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -214,13 +224,14 @@ def _unpack_sparse(tensors: Mapping[str, Tensor], prefix: str) -> Any:
     return sp.coo_matrix((data, (row, col)), shape=shape).asformat(prefix.rsplit(".", 1)[1])
 
 
-# --- the random state of a run ----------------------------------------------------------------------
+# --- the random state of a run
+# ----------------------------------------------------------------------
 
 
 def random_state() -> dict[str, Any]:
     """Python's, numpy's and torch's generators, as values that `weights_only=True` loads."""
     version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state())
     return {
         "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],

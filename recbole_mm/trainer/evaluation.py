@@ -1,6 +1,7 @@
 """Evaluation by RecBole's collector and metrics, every protocol read from one scoring pass.
 
-`full` ranks all items, `full-masked` gives a user's earlier items no score, `cand100` and `cand20` rank the
+`full` ranks all items, `full-masked` gives a user's earlier items no score, `cand100` and `cand20`
+rank the
 target among fixed candidates.
 """
 
@@ -26,7 +27,8 @@ _ROWS_AT_ONCE = 1 << 18  # (user, item) pairs given to a model that can only sco
 
 
 class FullRanking:
-    """RecBole's own collector and evaluator over all items; optionally without the user's history."""
+    """RecBole's own collector and evaluator over all items; optionally without the user's
+    history."""
 
     def __init__(self, config: Any, masked: bool) -> None:
         self.masked = masked
@@ -36,7 +38,9 @@ class FullRanking:
         """Takes one batch. Shape of `scores`: (B, V)."""
         interaction, _, positive_u, positive_i = batch
         if self.masked:
-            scores = mask_seen(scores, interaction[loader._dataset.uid_field], loader.seen, positive_u, positive_i)
+            scores = mask_seen(
+                scores, interaction[loader._dataset.uid_field], loader.seen, positive_u, positive_i
+            )
         self.collector.eval_batch_collect(scores, interaction, positive_u, positive_i)
 
     def result(self) -> Result:
@@ -67,8 +71,11 @@ class CandidateRanking:
         return {name: round(float(value), self.digits) for name, value in metrics.items()}
 
 
-def mask_seen(scores: Tensor, users: Tensor, seen: Any, positive_u: Tensor, positive_i: Tensor) -> Tensor:
-    """A copy of the scores with the users' earlier items at -inf; a target is never masked. Shape: (B, V)."""
+def mask_seen(
+    scores: Tensor, users: Tensor, seen: Any, positive_u: Tensor, positive_i: Tensor
+) -> Tensor:
+    """A copy of the scores with the users' earlier items at -inf; a target is never masked. Shape:
+    (B, V)."""
     block = seen[users.cpu().numpy()].tocoo()
     masked = scores.clone()
     masked[torch.from_numpy(block.row).long(), torch.from_numpy(block.col).long()] = -np.inf
@@ -77,7 +84,8 @@ def mask_seen(scores: Tensor, users: Tensor, seen: Any, positive_u: Tensor, posi
 
 
 class EvaluationMixin:
-    """Replaces RecBole's `evaluate`; the trainer that mixes it in has `config`, `model` and `device`."""
+    """Replaces RecBole's `evaluate`; the trainer that mixes it in has `config`, `model` and
+    `device`."""
 
     config: Any
     model: Any
@@ -106,12 +114,14 @@ class EvaluationMixin:
         """The metrics of the configured protocol, over all users of `eval_data`.
 
         Args:
-            eval_data: RecBole's evaluation loader, with `seen` and, for candidate lists, `candidates`.
+            eval_data: RecBole's evaluation loader, with `seen` and, for candidate lists,
+                `candidates`.
             load_best_model: first put the best weights of the run in place.
             model_file: unused; RecBole's signature.
             show_progress: a bar.
             rows: only these rows of a sequential loader. Shape: (n,).
-            every_protocol: also fill `all_results` with the protocols that cost no second scoring pass.
+            every_protocol: also fill `all_results` with the protocols that cost no second scoring
+                pass.
 
         Returns:
             RecBole's metric names in lower case, e.g. `recall@10`.
@@ -151,7 +161,12 @@ class EvaluationMixin:
             return
         for part in rows.split(self.config["eval_batch_size"]):
             interaction = eval_data._dataset[part.numpy()]
-            yield interaction, None, torch.arange(len(part)), interaction[eval_data._dataset.iid_field]
+            yield (
+                interaction,
+                None,
+                torch.arange(len(part)),
+                interaction[eval_data._dataset.iid_field],
+            )
 
     def _scores(self, interaction: Any, eval_data: Any) -> Tensor:
         """Scores of all items; the pad column is -inf. Shape: (B, V)."""

@@ -30,7 +30,8 @@ class Run:
     @classmethod
     def start(cls, root: Path, config: Any) -> Run:
         """Makes the folder of a new run of `config`."""
-        name = f"{config['model']}-{config['dataset']}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        identity = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        name = f"{config['model']}-{config['dataset']}-{identity}"
         run = cls(root / name, {"config_hash": config.hash(), "status": "running", "stages": {}})
         run.folder.mkdir(parents=True)
         write_atomically(run.folder / "config.yaml", yaml.safe_dump(config.settings()).encode())
@@ -88,11 +89,16 @@ class Run:
 
 def runs_of(root: Path, config: Any) -> Iterator[Run]:
     """The runs of this very configuration, newest first."""
-    folders = sorted(root.glob(f"{config['model']}-{config['dataset']}-*/state.json"), reverse=True)
-    for path in sorted(folders, key=lambda p: p.parent.stat().st_ctime, reverse=True):
+    states = root.glob(f"{config['model']}-{config['dataset']}-*/state.json")
+    for path in sorted(states, reverse=True):  # the id begins with the time
         run = Run.open(path.parent)
         if run.state.get("config_hash") == config.hash():
             yield run
+
+
+def newest_run(config: Any) -> Run | None:
+    """The newest run of this very configuration, finished or not."""
+    return next(runs_of(Path(config["checkpoint_dir"]), config), None)
 
 
 def run_for(config: Any, resume: str | None, earlier_stages: list[str]) -> Run:
@@ -100,7 +106,8 @@ def run_for(config: Any, resume: str | None, earlier_stages: list[str]) -> Run:
 
     Args:
         config: of the experiment.
-        resume: None: do not; "": the newest unfinished run of the same configuration; else its folder.
+        resume: None: do not; "": the newest unfinished run of the same configuration; else its
+            folder.
         earlier_stages: stages that are needed but not to be trained now.
 
     Raises:
@@ -110,26 +117,36 @@ def run_for(config: Any, resume: str | None, earlier_stages: list[str]) -> Run:
     if resume:
         run = Run.open(Path(resume))
         if run.state.get("config_hash") != config.hash():
-            raise UserError(f"--resume: {resume} was started with another configuration: {_difference(run, config)}.")
+            raise UserError(
+                f"--resume: {resume} was started with another configuration: "
+                f"{_difference(run, config)}."
+            )
         return run
     if earlier_stages:
-        run = next((r for r in runs_of(root, config) if all(map(r.is_done, earlier_stages))), None)
-        if run is None:
+        able = (r for r in runs_of(root, config) if all(map(r.is_done, earlier_stages)))
+        found = next(able, None)
+        if found is None:
             raise UserError(
                 f"--stages: no run of this configuration has finished {', '.join(earlier_stages)}: "
                 "train it first, or name it with --resume=RUN_DIR."
             )
-        return run
+        return found
     if resume == "":
         unfinished = (r for r in runs_of(root, config) if r.state["status"] != "finished")
-        run = next(unfinished, None)
-        if run is None:
-            raise UserError(f"--resume: {root} has no unfinished run of this configuration.")
-        return run
+        found = next(unfinished, None)
+        if found is None:
+            raise UserError(
+                f"--resume: {root} has no unfinished run of this configuration: start it without "
+                "--resume, or evaluate a finished one with --load=RUN_DIR."
+            )
+        return found
     return Run.start(root, config)
 
 
 def _difference(run: Run, config: Any) -> str:
     old, new = run.config(), config.settings()
     keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-    return ", ".join(f"{k} was {old.get(k)!r} and is {new.get(k)!r}" for k in keys[:3]) or "see its config.yaml"
+    return (
+        ", ".join(f"{k} was {old.get(k)!r} and is {new.get(k)!r}" for k in keys[:3])
+        or "see its config.yaml"
+    )

@@ -1,4 +1,5 @@
-"""A stage's settings out of the configuration: `<stage>_<key>` where it is set, else RecBole's plain key."""
+"""A stage's settings out of the configuration: `<stage>_<key>` where it is set, else RecBole's
+plain key."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The trainer of models that train in stages: it knows stages and never a model.
 
-Every stage is a walk over plans of batches. After each validation and every minute the whole position is
+Every stage is a walk over plans of batches. After each validation and every minute the whole
+position is
 saved, so that a killed run goes on where it was with the numbers of an uninterrupted one.
 """
 
@@ -72,9 +73,14 @@ class StagedTrainer(EvaluationMixin):
         self.chosen = list(config["stages"] or model.stage_names)
         unknown = [name for name in self.chosen if name not in model.stage_names]
         if unknown:
-            raise UserError(f"stages: '{unknown[0]}' is no stage of {config['model']} ({', '.join(model.stage_names)}).")
+            raise UserError(
+                f"stages: '{unknown[0]}' is no stage of {config['model']} "
+                f"({', '.join(model.stage_names)})."
+            )
 
-    def fit(self, train_data: Any, valid_data: Any, test_data: Any, show_progress: bool = False) -> None:
+    def fit(
+        self, train_data: Any, valid_data: Any, test_data: Any, show_progress: bool = False
+    ) -> None:
         """Trains, or loads, every stage up to the last that was asked for."""
         self.data_collect(train_data)
         self.tensorboard = get_tensorboard(self.logger)
@@ -159,7 +165,8 @@ class StageLoop:
         self.scheduler = LambdaLR(self.optimizer, self._lr_factor)
         self.rows = stage.valid_rows(trainer.context)
 
-    # --- the loop ----------------------------------------------------------------------------------
+    # --- the loop
+    # ----------------------------------------------------------------------------------
     def run(self) -> None:
         """Trains to the end of the stage, from where an earlier attempt was saved."""
         self._go_on()
@@ -192,7 +199,8 @@ class StageLoop:
         return None
 
     def _step(self, entries: Sequence[Any]) -> float:
-        """One optimiser step; the gradient is the mean over the entries. Returns their summed loss."""
+        """One optimiser step; the gradient is the mean over the entries. Returns their summed
+        loss."""
         self.stage.module.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
@@ -207,7 +215,9 @@ class StageLoop:
             total += loss.item()
         if self.settings.clip_norm:
             groups = self.optimizer.param_groups
-            clip_grad_norm_([p for group in groups for p in group["params"]], self.settings.clip_norm)
+            clip_grad_norm_(
+                [p for group in groups for p in group["params"]], self.settings.clip_norm
+            )
         self.optimizer.step()
         self.scheduler.step()
         self.position.step += 1
@@ -240,7 +250,8 @@ class StageLoop:
         if last:
             position.stopped = position.stopped or "epochs"
 
-    # --- validation and early stopping -------------------------------------------------------------
+    # --- validation and early stopping
+    # -------------------------------------------------------------
     def _validate(self) -> None:
         if self.position.validated_step == self.position.step:
             return
@@ -274,16 +285,20 @@ class StageLoop:
         position = self.position
         self.logger.info(
             set_color(f"{self.stage.name} step {position.step} evaluating", "green")
-            + f" [{set_color('time', 'blue')}: {seconds:.2f}s, {set_color('valid_score', 'blue')}: {score:.6f}]"
+            + f" [{set_color('time', 'blue')}: {seconds:.2f}s, "
+            + f"{set_color('valid_score', 'blue')}: {score:.6f}]"
         )
         self.logger.info(set_color("valid result", "blue") + ": \n" + dict2str(result))
         self.trainer.tensorboard.add_scalar(f"{self.stage.name}/valid_score", score, position.step)
         if position.best_step == position.step:
             self.logger.info(set_color("Saving current", "blue") + f": {self.folder / 'best'}")
         if position.stopped == "patience":
-            self.logger.info(f"Finished training {self.stage.name}, best eval result in step {position.best_step}")
+            self.logger.info(
+                f"Finished training {self.stage.name}, best eval result in step {position.best_step}"
+            )
 
-    # --- saving and going on -----------------------------------------------------------------------
+    # --- saving and going on
+    # -----------------------------------------------------------------------
     def _save_last(self) -> None:
         self._save(
             "last",
@@ -328,9 +343,13 @@ class StageLoop:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.last_epoch = saved["scheduler"]
         set_random_state(saved["random"])
-        self.logger.info(set_color(f"Going on with stage {self.stage.name}", "blue") + f" at step {self.position.step}")
+        self.logger.info(
+            set_color(f"Going on with stage {self.stage.name}", "blue")
+            + f" at step {self.position.step}"
+        )
 
-    # --- learning rate -----------------------------------------------------------------------------
+    # --- learning rate
+    # -----------------------------------------------------------------------------
     def _lr_factor(self, step: int) -> float:
         settings = self.settings
         if step < settings.warmup_steps:
@@ -339,7 +358,9 @@ class StageLoop:
             return 1.0
         done = (step - settings.warmup_steps) / max(self._total_steps() - settings.warmup_steps, 1)
         done = min(max(done, 0.0), 1.0)
-        return 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return (
+            1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        )
 
     def _total_steps(self) -> int:
         if not hasattr(self, "_steps"):

@@ -1,15 +1,16 @@
-"""RecBole's trainers with our evaluation, checkpoints without pickle, and resume at the last finished epoch.
+"""RecBole's trainers with our evaluation, checkpoints without pickle, and resume at the last
+finished epoch.
 
 Parts adapted from RecBole (MIT, (c) 2020 RUCAIBox).
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from recbole.trainer import Trainer
 from recbole.utils import set_color
 
@@ -37,6 +38,9 @@ class ZooMixin(EvaluationMixin):
     run: Run
     items: list[str]
     train_data: Any
+    logger: logging.Logger  # this and the next two are RecBole's
+    optimizer: Any
+    epochs: int
 
     def start(self, run: Run, train_data: Any) -> None:
         """Tells the trainer where to save, and takes up what an earlier attempt left there."""
@@ -51,11 +55,13 @@ class ZooMixin(EvaluationMixin):
     def _folder(self, name: str) -> Path:
         return self.run.folder / STAGE / name
 
-    # --- RecBole's hooks ---------------------------------------------------------------------------
+    # --- RecBole's hooks
+    # ---------------------------------------------------------------------------
     def _train_epoch(
         self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
     ) -> Any:
-        """Everything of the epoch before is settled when the next one starts: that is when it is saved."""
+        """Everything of the epoch before is settled when the next one starts: that is when it is
+        saved."""
         if epoch_idx > self.start_epoch:
             self._save_last(epoch_idx - 1)
         return super()._train_epoch(train_data, epoch_idx, loss_func, show_progress)  # type: ignore[misc]
@@ -80,7 +86,9 @@ class ZooMixin(EvaluationMixin):
         self.best_valid_score = checkpoint.state["best_valid_score"]
         self.logger.info(f"Loading model structure and parameters from {folder}")
 
-    def evaluate(self, eval_data: Any, load_best_model: bool = True, *args: Any, **kwargs: Any) -> Result:
+    def evaluate(
+        self, eval_data: Any, load_best_model: bool = True, *args: Any, **kwargs: Any
+    ) -> Result:
         """Ranking by our evaluation; labelled pairs (context-aware models) by RecBole's."""
         if is_ranking_loader(eval_data):
             return super().evaluate(eval_data, load_best_model, *args, **kwargs)
@@ -90,7 +98,8 @@ class ZooMixin(EvaluationMixin):
         self.all_results = {"labeled": {k: float(v) for k, v in result.items()}}
         return self.all_results["labeled"]
 
-    # --- saving and going on -----------------------------------------------------------------------
+    # --- saving and going on
+    # -----------------------------------------------------------------------
     def finish(self, epochs: int) -> None:
         """Writes the stage's record once `fit` has returned."""
         seconds = self._seconds_before + time.perf_counter() - self._started
@@ -110,7 +119,9 @@ class ZooMixin(EvaluationMixin):
             "stage": STAGE,
             "epoch": epoch,
             "cur_step": self.cur_step,
-            "best_valid_score": float(self.best_valid_score) if abs(self.best_valid_score) < float("inf") else None,
+            "best_valid_score": float(self.best_valid_score)
+            if abs(self.best_valid_score) < float("inf")
+            else None,
             "best_valid_result": _floats(self.best_valid_result),
         }
         checkpoint = Checkpoint(tensors, state, self.config.settings(), self.items, optimizer)
@@ -153,9 +164,3 @@ def epochs_trained(trainer: Any) -> int:
     """How many epochs RecBole's `fit` has run, those before a resume counted in."""
     done: dict[int, Any] = trainer.train_loss_dict
     return max(done, default=trainer.start_epoch - 1) + 1
-
-
-def clear_gpu() -> None:
-    """Frees what an earlier model of the same call has left."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

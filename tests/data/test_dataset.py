@@ -50,7 +50,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
         assert torch.equal(ours[field], theirs[field]), field
 
 
-# --- augmentation ------------------------------------------------------------------------------------
+# --- augmentation ---
 @pytest.mark.parametrize("seed", range(4))
 def test_augmentation_equals_recboles_tensor_for_tensor(tmp_path: Path, seed: int) -> None:
     lengths = np.random.default_rng(seed).permutation(LENGTHS * 2).tolist()
@@ -86,15 +86,13 @@ def test_dien_augmentation_equals_recboles(tmp_path: Path) -> None:
         assert_same(ours.inter_feat, theirs.inter_feat)
 
 
-def test_gather_in_chunks_equals_gather_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_are_the_last_items_before_each_target() -> None:
     users = torch.tensor([0] * 7 + [1] * 3 + [2])
     rows = prefix_rows(users, 4)
     values = torch.arange(1, len(users) + 1)
-    at_once = gather_lists(values, rows, (4,), torch.int64)
-    monkeypatch.setattr("recbole_mm.data.dataset.GATHER_ROWS", 3)
-    assert torch.equal(gather_lists(values, rows, (4,), torch.int64), at_once)
-    assert at_once[5].tolist() == [3, 4, 5, 6]
-    assert at_once[6].tolist() == [8, 0, 0, 0]
+    lists = gather_lists(values, rows, (4,), torch.int64)
+    expected = [[1, 2, 3, 4], [2, 3, 4, 5], [3, 4, 5, 6], [8, 0, 0, 0], [8, 9, 0, 0]]
+    assert lists[3:].tolist() == expected
 
 
 @pytest.mark.parametrize("users", [[], [4], [4, 5, 6]])
@@ -120,7 +118,7 @@ def test_lists_as_wide_as_the_longest_row_of_the_file(tmp_path: Path) -> None:
     assert train.inter_feat["words_list"][..., 2:].sum() == 0
 
 
-# --- the same numbers as RecBole, on every pandas ----------------------------------------------------
+# --- the same numbers as RecBole, on every pandas ---
 @pytest.mark.parametrize(
     ("model", "cls", "stock"),
     [
@@ -156,7 +154,7 @@ def digest(feat: Any) -> str:
 
 
 def test_item_features_equal_what_recbole_gives_on_pandas_2() -> None:
-    """Digests made with RecBole's own classes on numpy 1.26 and pandas 2.3 (it fails on pandas 3)."""
+    """Digests made with RecBole itself on numpy 1.26 and pandas 2.3 (it fails on pandas 3)."""
     config = bare_config(
         "FDSA",
         None,
@@ -235,7 +233,7 @@ def test_bucketed_number_sequences(tmp_path: Path) -> None:
     dataset = MMDataset(gaps_config(tmp_path / "gaps", **keys))
     dataset.build()
     buckets = dataset.item_feat["vector"][..., 1].tolist()
-    assert buckets == [[0, 0, 0], [1, 1, 2], [0, 0, 0], [2, 0, 0], [3, 3, 0], [3, 0, 0]]
+    assert buckets == [[0, 0, 0], [1, 1, 1], [0, 0, 0], [2, 0, 0], [2, 3, 0], [3, 0, 0]]
     assert dataset.num("vector") == 4
 
 
@@ -243,7 +241,14 @@ def test_number_sequences_are_normalised_over_all_rows(tmp_path: Path) -> None:
     dataset = MMDataset(gaps_config(tmp_path / "gaps", normalize_field=["vector"]))
     dataset.build()
     vector = dataset.item_feat["vector"]
-    expected = [[0, 0, 0], [0, 1 / 6, 2 / 6], [0, 0, 0], [3 / 6, 0, 0], [4 / 6, 5 / 6, 0], [1, 0, 0]]
+    expected = [
+        [0, 0, 0],
+        [0, 1 / 6, 2 / 6],
+        [0, 0, 0],
+        [3 / 6, 0, 0],
+        [4 / 6, 5 / 6, 0],
+        [1, 0, 0],
+    ]
     torch.testing.assert_close(vector, torch.tensor(expected))
 
 
@@ -272,7 +277,7 @@ def test_ready_made_split_works_and_has_no_sequences(tmp_path: Path) -> None:
         MMSequentialDataset(config)
 
 
-# --- vocabulary --------------------------------------------------------------------------------------
+# --- vocabulary ---
 def test_side_files_and_item_file_leave_the_vocabulary_alone(tmp_path: Path) -> None:
     folder = random_interactions(tmp_path / "toy", [8, 9, 7])
     plain = MMSequentialDataset(bare_config("SASRec", folder)).item_tokens()
@@ -291,7 +296,7 @@ def test_side_files_as_additional_features_are_refused(tmp_path: Path) -> None:
         MMDataset(bare_config("SASRec", folder, additional_feat_suffix=["text"]))
 
 
-# --- a sample of users -------------------------------------------------------------------------------
+# --- a sample of users ---
 def sampled_users(folder: Path, limit: int, **keys: Any) -> set[str]:
     columns = {"inter": "*", "item": "*", "user": "*"}
     dataset = MMDataset(bare_config("BPR", folder, limit_users=limit, load_col=columns, **keys))
@@ -333,7 +338,7 @@ def test_limit_users_below_one_is_an_error(tmp_path: Path) -> None:
         sampled_users(folder, 0)
 
 
-# --- sequences ---------------------------------------------------------------------------------------
+# --- sequences ---
 def naive_sequences(folder: Path) -> dict[str, list[str]]:
     lines = (folder / f"{folder.name}.inter").read_text().splitlines()[1:]
     rows = [line.split("\t") for line in lines]
@@ -367,7 +372,7 @@ def test_train_sequences_are_whole_and_end_before_what_is_held_out(
     assert valid.train_sequences is None
 
 
-def test_general_and_sequential_models_are_evaluated_on_the_same_users_and_targets(
+def test_general_and_sequential_models_have_the_same_targets(
     tmp_path: Path,
 ) -> None:
     folder = random_interactions(tmp_path / "toy", LENGTHS)
@@ -377,20 +382,25 @@ def test_general_and_sequential_models_are_evaluated_on_the_same_users_and_targe
     ]
     for sequential, general in zip(*(p[1:] for p in parts), strict=True):
         rows = [
-            sorted(zip(p.inter_feat["user_id"].tolist(), p.inter_feat["item_id"].tolist(), strict=True))
+            sorted(
+                zip(p.inter_feat["user_id"].tolist(), p.inter_feat["item_id"].tolist(), strict=True)
+            )
             for p in (sequential, general)
         ]
         assert rows[0] == rows[1]
         assert rows[0]
 
 
-def test_kg_sequences_on_ml_100k(tmp_path: Path) -> None:
+def test_kg_sequences_on_ml_100k() -> None:
     columns = {
         "inter": ["user_id", "item_id", "timestamp"],
         "kg": ["head_id", "relation_id", "tail_id"],
         "link": ["item_id", "entity_id"],
     }
     keys = {"user_inter_num_interval": "[20,30]", "load_col": columns}
+    with pytest.raises(UserError, match=r"KSR needs the file .*ml-100k\.ent"):
+        MMKGSeqDataset(bare_config("KSR", None, **keys))
+    keys["additional_feat_suffix"] = None
     train, _, test = MMKGSeqDataset(bare_config("KSR", None, **keys)).build()
     assert train.train_sequences is not None
     assert len(train) + len(train.train_sequences) == len(train.train_sequences.items)
@@ -398,7 +408,7 @@ def test_kg_sequences_on_ml_100k(tmp_path: Path) -> None:
     assert len(test) == len(train.train_sequences)
 
 
-# --- mistakes ----------------------------------------------------------------------------------------
+# --- mistakes ---
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -406,6 +416,8 @@ def test_kg_sequences_on_ml_100k(tmp_path: Path) -> None:
         ("user_id:token\titem_id:tokens\nu\ti\n", "row 1: column 'item_id:tokens'"),
         ("user_id\titem_id:token\nu\ti\n", "row 1: column 'user_id'"),
         ("user_id:token\titem_id:token\nu\ti\nu\ti\t5\n", "line 3"),
+        ("user_id:token\titem_id:token\nu\ti\t5\n", "row 2"),
+        ('user_id:token\titem_id:token\nu\t"i\n', "not a clean atomic file"),
         ("user_id:token\titem_id:token\tv:float_seq\nu\ti\t1 a\n", "column 'v:float_seq', row 2"),
     ],
 )

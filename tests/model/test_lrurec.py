@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -325,6 +328,21 @@ def test_param_groups_hold_every_parameter_once(decay_lru: bool, free: bool) -> 
 def test_same_seed_same_model() -> None:
     first, second = model_of().state_dict(), model_of().state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- benchmark ------------------------------------------------------------------------------------
+
+
+def test_benchmark_asserts_equal_losses_and_writes_its_ratios(tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    script = PROPERTIES.parent / "benchmarks" / "lrurec_step.py"
+    sizes = ["--items=200", "--rows=8", "--batches=2", f"--out={out}"]
+    subprocess.run([sys.executable, script, *sizes], check=True, capture_output=True)
+    result = json.loads(out.read_text())
+    whole = [v for k, v in result["losses_without_dropout"].items() if "prefix" not in k]
+    assert max(whole) - min(whole) < 1e-5 * whole[0]
+    assert all(row["times_ours"] > 0 for row in result["step"].values())
+    assert set(result["goals"]) == {"naive", "prefix, naive layers", "evaluation"}
 
 
 # --- configuration --------------------------------------------------------------------------------

@@ -1,0 +1,171 @@
+"""Ranks lettered candidates with a backbone: prompts in, one forward pass, letter scores out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recbole_mm.backbone.batch import PromptBatch, by_length, collate
+from recbole_mm.backbone.load import Backbone, BackboneSpec, load_backbone
+from recbole_mm.backbone.prompt import Prompt, PromptStyle, PromptWriter, join, text_piece
+from recbole_mm.backbone.verbalizer import Verbalizer
+from recbole_mm.backbone.vision import ItemImages
+from recbole_mm.data.content import ItemContent
+from recbole_mm.data.images import ImageStore
+from recbole_mm.errors import UserError
+
+Ints = NDArray[np.int64]
+SUPERVISE = ("letter", "letter_eos")
+
+
+class LetterRanker(nn.Module):
+    """A backbone that answers a ranking prompt with the letter of a candidate.
+
+    Args:
+        backbone: reads the prompts.
+        images: feature rows of item pictures.
+        writer: writes the prompts.
+        verbalizer: reads the letters.
+        supervise: ``letter``: cross entropy among the letters at the answer's first position;
+            ``letter_eos``: the mean over the letter and the end of the answer, each among the
+            whole vocabulary (PRIME, section 3.2.3).
+        max_tokens: padded tokens scored in one forward pass.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        images: ItemImages,
+        writer: PromptWriter,
+        verbalizer: Verbalizer,
+        supervise: str = "letter",
+        max_tokens: int = 16_384,
+    ) -> None:
+        super().__init__()
+        if supervise not in SUPERVISE:
+            raise UserError(f"supervise is '{supervise}': use {' or '.join(SUPERVISE)}.")
+        self.backbone, self.images = backbone, images
+        self.writer, self.verbalizer = writer, verbalizer
+        self.supervise, self.max_tokens = supervise, max_tokens
+
+    def loss(self, histories: Sequence[Ints], candidates: Ints, places: Ints) -> Tensor:
+        """Mean cross entropy of the labels' letters.
+
+        Args:
+            histories: item ids, oldest first. B arrays.
+            candidates: item ids, in the order of their letters. Shape: (B, K).
+            places: place of the label in each row. Shape: (B,).
+
+        Returns:
+            Shape: ().
+        """
+        self.forget()
+        prompts = self._write(histories, candidates)
+        if self.supervise == "letter":
+            logits = self._letters(self._collate(prompts), candidates.shape[1])  # (B, K)
+            return F.cross_entropy(logits, torch.as_tensor(places, device=logits.device))
+        letters = [self.verbalizer.ids[place] for place in places]
+        axes = self.backbone.family.axes
+        answered = [
+            join([prompt, text_piece([letter], axes)])
+            for prompt, letter in zip(prompts, letters, strict=True)
+        ]
+        hidden = self.backbone.hidden(self._collate(answered), self.images, positions=2)
+        logits = self.backbone.head(hidden).float()  # (B, 2, vocabulary)
+        ends = [self.verbalizer.end_id] * len(letters)
+        targets = torch.tensor([letters, ends], device=logits.device).T  # (B, 2)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def log_probs(self, histories: Sequence[Ints], candidates: Ints) -> Tensor:
+        """Log-probability of each candidate among the candidates; on the CPU.
+
+        Args:
+            histories: item ids, oldest first. B arrays.
+            candidates: item ids, in the order of their letters. Shape: (B, K).
+
+        Returns:
+            Shape: (B, K).
+        """
+        prompts = self._write(histories, candidates)
+        out = torch.empty(candidates.shape)
+        lengths = [len(prompt) for prompt in prompts]
+        for rows in by_length(lengths, self.max_tokens):
+            batch = self._collate([prompts[row] for row in rows])
+            out[rows] = self._letters(batch, candidates.shape[1]).log_softmax(dim=1).cpu()
+        return out
+
+    def forget(self) -> None:
+        """To be called when weights have changed: drops what was computed with the old ones."""
+        self.images.forget()
+
+    def _write(self, histories: Sequence[Ints], candidates: Ints) -> list[Prompt]:
+        return [
+            self.writer.write(history.tolist(), row.tolist())
+            for history, row in zip(histories, candidates, strict=True)
+        ]
+
+    def _collate(self, prompts: Sequence[Prompt]) -> PromptBatch:
+        return collate(prompts, self.backbone.pad_id)
+
+    def _letters(self, batch: PromptBatch, count: int) -> Tensor:
+        hidden = self.backbone.hidden(batch, self.images)[:, 0]  # (B, D)
+        return self.verbalizer.logits(hidden, self.backbone.head, count)
+
+
+@dataclass(frozen=True)
+class RankerSettings:
+    """What a lettered ranker is besides its backbone.
+
+    Attributes:
+        style: what a prompt says.
+        n_candidates: K; at most 26.
+        supervise: see `LetterRanker`.
+        max_tokens: padded tokens scored in one forward pass.
+        cache: folder where a frozen tower's features are kept.
+        seed: of a tiny backbone's weights and of new adapters.
+    """
+
+    style: PromptStyle
+    n_candidates: int
+    supervise: str
+    max_tokens: int
+    cache: Path
+    seed: int
+
+
+def build_ranker(
+    spec: BackboneSpec, settings: RankerSettings, content: ItemContent
+) -> LetterRanker:
+    """Loads a backbone and makes it a ranker of a dataset's items.
+
+    Raises:
+        UserError: see `load_backbone`, `Verbalizer` and `LetterRanker`.
+    """
+    style = settings.style
+    columns = [name for name in style.attributes if name != "image"]
+    items = range(1, len(content.item_tokens))
+    texts = (content.text(item, name) for item in items for name in columns)
+    backbone = load_backbone(spec, filter(None, texts), style.fixed_text(), settings.seed)
+    images = ItemImages(
+        backbone.family,
+        ImageStore(content).get,
+        lambda item: next(iter(content.image_paths(item)), None),
+        frozen=not backbone.trains_vision,
+        log=backbone.vision_log(settings.cache),
+    )
+    end = backbone.family.answer_end
+    verbalizer = Verbalizer(backbone.encoder, settings.n_candidates, end)
+    writer = PromptWriter(
+        backbone.encoder, backbone.family, style, content.text, images.piece, verbalizer.letters
+    )
+    return LetterRanker(
+        backbone, images, writer, verbalizer, settings.supervise, settings.max_tokens
+    )

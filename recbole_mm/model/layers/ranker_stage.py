@@ -1,0 +1,184 @@
+"""The stage that trains a lettered ranker on a retriever's dataset (PRIME, section 3.2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from recbole.data.interaction import Interaction
+from torch import Tensor
+
+from recbole_mm.data.sequences import epoch_plan
+from recbole_mm.errors import UserError
+from recbole_mm.model.layers.ranking import (
+    NegativeSampler,
+    choose_alpha,
+    item_counts,
+    lettered,
+    prefix_samples,
+)
+from recbole_mm.stage import Stage, StageContext, StageSettings
+
+Ints = NDArray[np.int64]
+_FINGERPRINT = "tokenizer_fingerprint"
+_ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class RankerBatch:
+    """An entry of the ranker's plan; its negatives and letters are drawn from `seed`."""
+
+    samples: Ints
+    seed: tuple[int, int, int]
+
+
+class RankerStage(Stage):
+    """Trains the ranker to name the label among sampled negatives (PRIME, section 3.2.2).
+
+    Args:
+        name: of the stage.
+        model: a `PRIME`, whose ranker is trained; its retriever is as the stage before left it.
+        settings: how.
+        train_dataset: the training part, with its `train_sequences`.
+    """
+
+    def __init__(self, name: str, model: Any, settings: StageSettings, train_dataset: Any) -> None:
+        super().__init__(name, model.the_ranker(), settings)
+        self.model, self.ranker = model, model.the_ranker()
+        sequences = train_dataset.train_sequences
+        self.samples = prefix_samples(sequences.items, sequences.offsets)
+        self.sampler = NegativeSampler(
+            item_counts(sequences.items, model.n_items),
+            model.neg_source,
+            model.n_candidates - 1,
+            self._retrieve,
+        )
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Biases and norms, that is all vectors, never decay."""
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in trained if p.ndim > 1]},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+
+    def plan(self, epoch: int) -> list[RankerBatch]:
+        """Batches of samples with histories of like length."""
+        seen = np.minimum(self.samples.end - self.samples.begin, self.model.max_history)
+        batches = epoch_plan(seen, self.model.ranker_batch_size, self.model.seed, epoch)
+        return [
+            RankerBatch(samples, (self.model.seed, epoch, number))
+            for number, samples in enumerate(batches)
+        ]
+
+    def loss(self, batch: RankerBatch) -> Tensor:
+        """Mean cross entropy of the labels' letters. Shape: ()."""
+        self.model.forget()
+        rng = np.random.default_rng(batch.seed)
+        labels = self.samples.labels(batch.samples)
+        negatives = self.sampler.draw(batch.samples, labels, rng)
+        candidates, places = lettered(labels, negatives, rng)
+        histories = [self.samples.history(row, self.model.max_history) for row in batch.samples]
+        loss: Tensor = self.ranker.loss(histories, candidates, places)
+        return loss
+
+    @torch.no_grad()
+    def _retrieve(self, samples: Ints) -> Tensor:
+        """The retriever's scores of all items after each sample's history. Shape: (B, V)."""
+        model = self.model
+        rows = np.zeros((len(samples), model.max_seq_length), dtype=np.int64)  # (B, L)
+        histories = [self.samples.history(row, model.max_seq_length) for row in samples]
+        for row, history in zip(rows, histories, strict=True):
+            row[: len(history)] = history
+        lengths = torch.tensor([len(history) for history in histories])
+        batch = {model.ITEM_SEQ: torch.from_numpy(rows), model.ITEM_SEQ_LEN: lengths}
+        model.retriever.eval()
+        scores: Tensor = model.retriever.full_sort_predict(Interaction(batch).to(model.device))
+        return scores
+
+    # --- validation ----------------------------------------------------------------------
+    def valid_rows(self, context: StageContext) -> Tensor | None:
+        """A seeded sample of the users whose target was retrieved: no other can tell anything."""
+        rows = self._hits(context)[0]
+        size = self.settings.valid_users
+        if len(rows) == 0:
+            return None
+        if size is None or size >= len(rows):
+            return rows
+        generator = torch.Generator().manual_seed(context.seed)
+        return rows[torch.randperm(len(rows), generator=generator)[:size]].sort().values
+
+    @torch.no_grad()
+    def _hits(self, context: StageContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Validation rows with a retrieved target, their candidates (n, K) and those's scores."""
+        model = self.model
+        model.retriever.eval()
+        found = []
+        for rows in torch.arange(len(context.valid)).split(_ROWS_AT_ONCE):
+            part = context.valid[rows].to(model.device)
+            scores = model.retriever.full_sort_predict(part)  # (B, V)
+            candidates = model.candidates(part, scores)  # (B, K)
+            hit = (candidates == part[model.ITEM_ID][:, None]).any(dim=1).nonzero()[:, 0]
+            best = scores.gather(1, candidates)[hit]
+            found.append((rows[hit.cpu()], candidates[hit], best))
+        rows, candidates, best = zip(*found, strict=True)
+        return torch.cat(rows), torch.cat(candidates), torch.cat(best)
+
+    def finish(self, context: StageContext) -> dict[str, Any]:
+        """Chooses the weight of the retriever in `fusion` on the validation rows."""
+        rows, candidates, best = self._hits(context)
+        if len(rows) == 0:
+            self.model.alpha = float("inf")
+            return {"fusion_alpha": "inf", "validation_hits": 0}
+        self.model.eval()
+        valid = context.valid[rows]
+        ranking = self.model.rank(valid, candidates)
+        targets = valid[self.model.ITEM_ID].to(candidates.device)
+        places = (candidates == targets[:, None]).float().argmax(dim=1)
+        self.model.alpha, tried = choose_alpha(ranking, best, places)
+        return {
+            "fusion_alpha": str(self.model.alpha),
+            "validation_hits": len(rows),
+            "hits_ndcg@10": {str(alpha): round(value, 6) for alpha, value in tried.items()},
+        }
+
+    def restore(self, finished: Mapping[str, Any]) -> None:
+        """Takes back the weight of the retriever."""
+        self.model.alpha = float(finished.get("fusion_alpha", 0.0))
+
+    # --- what is saved ----------------------------------------------------------------------
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def state(self) -> dict[str, Tensor]:
+        """Trained weights only (adapters, or a whole tiny backbone), and the tokenizer's mark."""
+        digest = bytes.fromhex(self.ranker.backbone.tokenizer_fingerprint)
+        mark = torch.tensor(list(digest), dtype=torch.uint8)  # (32,)
+        return {**{name: p.detach() for name, p in self._trained().items()}, _FINGERPRINT: mark}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes back what `state` gave.
+
+        Raises:
+            UserError: it belongs to another backbone, or to another text of the dataset.
+        """
+        own = self.state()
+        mark = state.get(_FINGERPRINT)
+        if mark is None or not torch.equal(mark.cpu(), own[_FINGERPRINT]):
+            raise UserError(
+                "The ranker's checkpoint was made with another tokenizer (another backbone, other "
+                "item texts or other attributes): train the stage again with --stages=ranker."
+            )
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+            raise UserError(
+                "The ranker's checkpoint does not fit this backbone: train the stage again with "
+                "--stages=ranker."
+            )
+        with torch.no_grad():
+            for name, parameter in self._trained().items():
+                parameter.copy_(state[name])
+        self.model.forget()

@@ -1,0 +1,237 @@
+"""PRIME: an LRURec retriever proposes items, a multimodal language model ranks the best of them.
+
+Paper: Yue et al., "Preference-Optimized Retrieval and Ranking for Efficient Multimodal
+Recommendation", KDD 2025. Official code: https://github.com/Yueeeeeeee/PRIME.
+
+Differs from the official code:
+- Popularity of negatives counts training items only; official counts include validation.
+- Item lines are clean JSON; official ones escape every quote and every non-ASCII character.
+- Rotary positions of images are M-RoPE's; official training and evaluation use 1-D positions.
+- Pictures are resized once and a frozen tower encodes each once; official code resizes twice and
+  encodes a picture anew in every prompt, through 4-bit weights.
+- `supervise: letter` takes the loss among the letters; official code over three tokens of the whole
+  vocabulary (letter, end of turn, line break), the paper over letter and end (`letter_eos`).
+- Gradients of micro-batches are averaged; official code adds them up and then clips.
+- Metrics are of one complete ranking a user: the head in ranker order, the tail in the retriever's.
+- `fusion: valid` adds the retriever's scores to the ranker's, weighted on validation data.
+- Preference optimisation is a stage of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from recbole.data.interaction import Interaction
+from recbole.model.abstract_recommender import SequentialRecommender
+from torch import Tensor
+
+from recbole_mm.data.content import ItemContent
+from recbole_mm.errors import UserError
+from recbole_mm.model.layers.ranker_stage import RankerStage
+from recbole_mm.model.layers.ranking import fuse, lift, top_candidates
+from recbole_mm.model.lrurec import LRURec, RetrieverStage
+from recbole_mm.stage import Readout, Stage, StageSettings
+
+Ints = NDArray[np.int64]
+# Metrics that read nothing of a list but the place of its target.
+_OF_THE_TARGET = {"recall", "mrr", "ndcg", "hit", "map", "precision", "gauc"}
+
+
+class PRIME(SequentialRecommender):
+    """PRIME behind RecBole's interface; see the module's head.
+
+    Attributes:
+        retriever: an LRURec.
+        ranker: a `LetterRanker`, or None when no stage needs one.
+        active: what `full_sort_predict` returns: ``retriever``, ``ranker`` or ``fusion``.
+        alpha: weight of the retriever in ``fusion``.
+        backbone_name: for the result.
+    """
+
+    train_modes = LRURec.train_modes
+    stage_names = ("retriever", "ranker")
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        _check(config, self.n_items)
+        self.seed: int = config["seed"]
+        self.n_candidates: int = config["n_candidates"]
+        self.max_history: int = config["max_history_items"]
+        self.mask_candidates: bool = config["candidate_mask_history"]
+        self.shuffle_candidates: bool = config["candidate_order"] == "shuffled"
+        self.fusion: str = config["fusion"]
+        self.neg_source: str = config["neg_source"]
+        self.ranker_batch_size: int = config["ranker_batch_size"]
+        # A reranked head moves no target that is not in it, so that users whose target was not
+        # retrieved need no ranker; other metrics look at whole lists.
+        self.only_hits = {str(name).lower() for name in config["metrics"]} <= _OF_THE_TARGET
+        self.active, self.alpha = "retriever", 0.0
+        self._kept: dict[bytes, Tensor] = {}
+        self.retriever = LRURec(config, dataset)
+        wanted = list(config["stages"] or self.stage_names)
+        self.ranker = _ranker(config, dataset) if wanted != ["retriever"] else None
+        self.backbone_name = self.ranker.backbone.name if self.ranker else None
+
+    # --- stages ----------------------------------------------------------------------
+    def enter(self, stage_name: str) -> None:
+        """Scores are now those of this stage."""
+        self.active = stage_name
+
+    def make_stages(self, settings: Mapping[str, StageSettings], train_dataset: Any) -> list[Stage]:
+        """The stages in order, on the training part of a dataset."""
+        retriever: Stage = RetrieverStage(
+            "retriever", self.retriever, settings["retriever"], train_dataset
+        )
+        if self.ranker is None:
+            return [retriever]
+        return [retriever, RankerStage("ranker", self, settings["ranker"], train_dataset)]
+
+    def readouts(self, last_stage: str) -> list[Readout]:
+        """The rows of the result, once the stages up to `last_stage` are in place."""
+        if last_stage == "retriever":
+            return [Readout("retriever", lambda: self.enter("retriever"))]
+        fused = self.fusion == "valid"
+        alpha = self.alpha if self.alpha != float("inf") else "inf"
+        return [
+            Readout("retriever", lambda: self.enter("retriever"), chosen=False),
+            Readout("ranker", lambda: self.enter("ranker"), chosen=not fused),
+            Readout("ranker+fusion", lambda: self.enter("fusion"), fused, {"fusion_alpha": alpha}),
+        ]
+
+    # --- scores ----------------------------------------------------------------------
+    def full_sort_predict(self, interaction: Interaction) -> Tensor:
+        """Scores of all items. Shape: (B, V).
+
+        With the ranker active, the best K of the retriever stand above all others in the ranker's
+        order. Where the interaction names the targets and no metric looks beyond them, rows whose
+        target is not among the K are left as they are: their metrics cannot differ.
+        """
+        scores = self.retriever.full_sort_predict(interaction)
+        if self.active == "retriever":
+            return scores
+        candidates = self.candidates(interaction, scores)  # (B, K)
+        rows = self._rows_to_rank(interaction, candidates)
+        if len(rows) == 0:
+            return scores
+        ranking = self.rank(interaction[rows], candidates[rows])  # (n, K)
+        if self.active == "fusion":
+            ranking = fuse(ranking, scores[rows].gather(1, candidates[rows]), self.alpha)
+        lifted = scores.clone()
+        lifted[rows] = lift(scores[rows], candidates[rows], ranking)
+        return lifted
+
+    def predict(self, interaction: Interaction) -> Tensor:
+        """Scores of one item a row. Shape: (B,)."""
+        scores = self.full_sort_predict(interaction)
+        return scores.gather(1, interaction[self.ITEM_ID][:, None])[:, 0]
+
+    def candidates(self, interaction: Interaction, scores: Tensor) -> Tensor:
+        """The retriever's best K items in its order, never the pad. Shape: (B, K)."""
+        seen = interaction[self.ITEM_SEQ] if self.mask_candidates else None
+        return top_candidates(scores, self.n_candidates, seen)
+
+    def _rows_to_rank(self, interaction: Interaction, candidates: Tensor) -> Tensor:
+        if not self.only_hits or self.ITEM_ID not in interaction:
+            return torch.arange(len(candidates), device=candidates.device)
+        targets = interaction[self.ITEM_ID].to(candidates.device)
+        return (candidates == targets[:, None]).any(dim=1).nonzero()[:, 0]
+
+    def rank(self, interaction: Interaction, candidates: Tensor) -> Tensor:
+        """The ranker's log-probabilities, kept until weights change. (B, K) -> (B, K)."""
+        ranker = self.the_ranker()
+        histories = self._histories(interaction)
+        rows = candidates.cpu().numpy()
+        keys = [h.tobytes() + b"|" + c.tobytes() for h, c in zip(histories, rows, strict=True)]
+        new = {key: row for row, key in enumerate(keys) if key not in self._kept}
+        if new:
+            asked, back = self._in_prompt_order(rows[list(new.values())])
+            found = ranker.log_probs([histories[row] for row in new.values()], asked)
+            self._kept.update(zip(new, found.gather(1, torch.from_numpy(back)), strict=True))
+        return torch.stack([self._kept[key] for key in keys]).to(candidates.device)
+
+    def _in_prompt_order(self, candidates: Ints) -> tuple[Ints, Ints]:
+        """Candidates as the prompt lists them, and where each then stands. Shapes: (B, K)."""
+        places = np.tile(np.arange(candidates.shape[1]), (len(candidates), 1))  # (B, K)
+        if self.shuffle_candidates:
+            for row, items in zip(places, candidates, strict=True):
+                np.random.default_rng([self.seed, *items.tolist()]).shuffle(row)
+        return np.take_along_axis(candidates, places, axis=1), places.argsort(axis=1)
+
+    def _histories(self, interaction: Interaction) -> list[Ints]:
+        items = interaction[self.ITEM_SEQ].cpu().numpy()
+        ends = interaction[self.ITEM_SEQ_LEN].cpu().numpy()
+        first = np.maximum(ends - self.max_history, 0)
+        return [row[a:b] for row, a, b in zip(items, first, ends, strict=True)]
+
+    def forget(self) -> None:
+        """To be called when the ranker's weights have changed."""
+        self._kept.clear()
+        self.the_ranker().forget()
+
+    def the_ranker(self) -> Any:
+        """The ranker.
+
+        Raises:
+            UserError: the run has no stage that needs one.
+        """
+        if self.ranker is None:
+            raise UserError("stages is 'retriever' alone: add ranker to stages.")
+        return self.ranker
+
+
+def _ranker(config: Any, dataset: Any) -> Any:
+    """The ranker that the configuration describes, for the items of a dataset.
+
+    Raises:
+        UserError: a package, weights or item content are missing, or a key has a wrong value.
+    """
+    from recbole_mm.backbone.load import RUN_KEYS, BackboneSpec
+    from recbole_mm.backbone.prompt import PromptStyle
+    from recbole_mm.backbone.ranker import RankerSettings, build_ranker
+
+    content = ItemContent(Path(config["data_path"]), config["dataset"], dataset.item_tokens())
+    own = {key: config[key] for key in RUN_KEYS if config[key] is not None}
+    settings = RankerSettings(
+        PromptStyle(config["instruction"], _attributes(config, content), config["max_attr_tokens"]),
+        config["n_candidates"],
+        config["supervise"],
+        config["score_tokens"],
+        Path(config["cache_dir"]),
+        config["seed"],
+    )
+    return build_ranker(
+        BackboneSpec.from_mapping({**config["backbone_spec"], **own}), settings, content
+    )
+
+
+def _attributes(config: Any, content: Any) -> tuple[str, ...]:
+    """Those of the configured attributes that the dataset has."""
+    has = {*content.attributes, "image"}
+    found = tuple(name for name in config["attributes"] if name in has)
+    pictured = any(content.image_paths(item) for item in range(len(content.item_tokens)))
+    if not pictured and found in ((), ("image",)):
+        raise UserError(
+            f"PRIME's ranker reads {', '.join(config['attributes'])}, but {content.path('text')} "
+            f"and {content.path('image')} have none of them: set attributes to columns they have."
+        )
+    return found
+
+
+def _check(config: Any, n_items: int) -> None:
+    """Raises `UserError` for values that PRIME cannot work with."""
+    for key, allowed in (
+        ("fusion", ("none", "valid")),
+        ("candidate_order", ("retriever", "shuffled")),
+    ):
+        if config[key] not in allowed:
+            raise UserError(f"{key} is '{config[key]}': use {' or '.join(allowed)}.")
+    if config["n_candidates"] > n_items - 1:
+        raise UserError(
+            f"n_candidates is {config['n_candidates']}, but the dataset has {n_items - 1} items: "
+            "lower n_candidates."
+        )

@@ -1,0 +1,358 @@
+"""RecBole's zoo on today's libraries: mended parts against RecBole's own, and whole runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from recbole.model import general_recommender as general
+from recbole.model import sequential_recommender as sequential
+from torch import Tensor
+
+from recbole_mm import quick_start, registry
+from recbole_mm.config import MMConfig
+from recbole_mm.data.preparation import create_dataset, data_preparation
+from recbole_mm.errors import UserError
+from recbole_mm.model import zoo, zoo_graph
+from tests.conftest import REPO
+from tests.data.atomic_data import random_interactions, write_atomic
+
+FAST = ("SASRec", "GRU4Rec", "BPR", "Pop", "EASE", "LightGCN", "FDSA")
+
+SEQUENTIAL = (
+    *("BERT4Rec", "CORE", "Caser", "DIEN", "DIN", "FDSA", "FEARec", "FOSSIL", "FPMC", "GCSAN"),
+    *("GRU4Rec", "GRU4RecCPR", "GRU4RecF", "GRU4RecKG", "HGN", "HRM", "KSR", "LightSANs", "NARM"),
+    *("NPE", "NextItNet", "RepeatNet", "S3Rec", "SASRec", "SASRecCPR", "SASRecF", "SHAN", "SINE"),
+    *("SRGNN", "STAMP", "TransRec"),
+)
+GENERAL = (
+    *("ADMMSLIM", "AsymKNN", "BPR", "CDAE", "DGCF", "DMF", "DiffRec", "EASE", "ENMF", "FISM"),
+    *("GCMC", "ItemKNN", "LDiffRec", "LINE", "LightGCN", "MacridVAE", "MultiDAE", "MultiVAE"),
+    *("NAIS", "NCEPLRec", "NCL", "NGCF", "NNCF", "NeuMF", "Pop", "RaCT", "Random", "RecVAE"),
+    *("SGL", "SLIMElastic", "SimpleX", "SpectralCF"),
+)
+
+
+def keys(folder: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "epochs": 1,
+        "user_inter_num_interval": "[20,40]",
+        "show_progress": False,
+        "state": "ERROR",
+        "checkpoint_dir": str(folder / "saved"),
+        **more,
+    }
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # RecBole writes log/ and log_tensorboard/ where it runs
+    return tmp_path
+
+
+def toy_data(folder: Path, model: str, lengths: list[int], **more: Any) -> tuple[Any, Any]:
+    """A configuration and the three loaders on a few random users."""
+    if not (folder / "toy").is_dir():
+        random_interactions(folder / "toy", lengths)
+    config = MMConfig(model, "toy", overrides=keys(folder, data_path=str(folder), **{
+        "user_inter_num_interval": "[1,inf)", "MAX_ITEM_LIST_LENGTH": 8, **more}))  # fmt: skip
+    dataset = create_dataset(config)
+    return config, data_preparation(config, dataset, config.model_class)
+
+
+# --- graphs ---
+@pytest.mark.parametrize("name", ["LightGCN", "NGCF", "GCMC", "NCL", "SpectralCF"])
+def test_graphs_equal_recboles(in_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """RecBole's own lines, given back the method that scipy dropped, make the same matrix."""
+    monkeypatch.setattr(
+        sp.dok_matrix, "_update", lambda self, pairs: self._dict.update(pairs), raising=False
+    )
+    config, (train, _, _) = toy_data(in_folder, name, [6, 9, 3] * 4)
+    method = "get_laplacian_matrix" if name == "SpectralCF" else "get_norm_adj_mat"
+    theirs = getattr(general, name)(config, train.dataset)
+    ours = getattr(zoo_graph, name)(config, train.dataset)
+    expected = getattr(theirs, method)().to_dense()
+    torch.testing.assert_close(getattr(ours, method)().to_dense(), expected, rtol=1e-6, atol=0)
+    assert (expected != 0).sum() > len(train.dataset)
+
+
+def test_repeated_pairs_are_one_edge() -> None:
+    pairs = sp.coo_matrix((np.ones(3), ([0, 0, 1], [1, 1, 0])), shape=(2, 3))
+    graph = zoo_graph.bipartite_graph(pairs, 2, 3).toarray()
+    expected = np.zeros((5, 5))
+    expected[[0, 3, 1, 2], [3, 0, 2, 1]] = 1
+    assert (graph == expected).all()
+    half = zoo_graph.scaled(sp.coo_matrix(graph), -1, 0).to_dense()
+    torch.testing.assert_close(half.sum(1), torch.tensor([1.0, 1, 1, 1, 0]), atol=1e-6, rtol=0)
+
+
+def test_ncl_clusters(in_folder: Path) -> None:
+    config, (train, _, _) = toy_data(in_folder, "NCL", [6] * 8, num_clusters=3)
+    model = zoo_graph.NCL(config, train.dataset)
+    blobs = np.repeat(np.eye(3, 64, dtype=np.float32) * 9, 5, axis=0)
+    blobs += np.random.default_rng(0).normal(0, 0.01, blobs.shape).astype(np.float32)
+    torch.manual_seed(1)
+    centroids, members = model.run_kmeans(blobs)
+    assert [len(set(members[i : i + 5].tolist())) for i in (0, 5, 10)] == [1, 1, 1]
+    assert len(set(members.tolist())) == 3
+    torch.testing.assert_close(centroids.norm(dim=1), torch.ones(3))
+    model.k = 1000  # more clusters than rows
+    assert len(set(model.run_kmeans(blobs)[1].tolist())) == 15
+
+
+# --- whole sequences ---
+CAUSAL = [("SASRec", zoo.SASRec, sequential.SASRec), ("GRU4Rec", zoo.GRU4Rec, sequential.GRU4Rec)]
+
+
+def loss_and_gradients(model: Any, batches: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean loss over all targets of the batches, and its gradients."""
+    model.zero_grad()
+    losses, counts = [], []
+    for batch in batches:
+        losses.append(model.calculate_loss(batch))
+        has_list = "target_list" in batch
+        counts.append(int((batch["target_list"] > 0).sum()) if has_list else len(batch))
+    loss = sum(x * n for x, n in zip(losses, counts, strict=True)) / sum(counts)
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("name", "ours", "theirs"), CAUSAL)
+def test_whole_loss_is_the_mean_of_prefix_losses(
+    in_folder: Path, name: str, ours: type, theirs: type
+) -> None:
+    more = {"hidden_size": 16, "train_batch_size": 7}
+    lengths = [3, 4, 6, 9, 11] * 3  # at most 8 inputs: no window is cut
+    config, (whole, _, _) = toy_data(in_folder, name, lengths, train_mode="whole", **more)
+    _, (prefix, _, _) = toy_data(in_folder, name, lengths, train_mode="prefix", **more)
+    torch.manual_seed(0)
+    model = ours(config, whole.dataset).double().eval()
+    reference = theirs(config, prefix.dataset).double().eval()
+    reference.load_state_dict(model.state_dict())
+    loss, gradients = loss_and_gradients(model, whole)
+    expected, expected_gradients = loss_and_gradients(reference, prefix)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for parameter, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[parameter], gradient, rtol=1e-9, atol=1e-13)
+    assert len(whole) < len(prefix)
+
+
+@pytest.mark.parametrize(("name", "ours", "theirs"), CAUSAL)
+def test_prefix_mode_and_scores_are_recboles(
+    in_folder: Path, name: str, ours: type, theirs: type
+) -> None:
+    config, (train, _, test) = toy_data(in_folder, name, [6, 9] * 4)
+    torch.manual_seed(0)
+    model = ours(config, train.dataset).eval()
+    reference = theirs(config, train.dataset).eval()
+    reference.load_state_dict(model.state_dict())
+    batch, rows = next(iter(train)), next(iter(test))[0]
+    assert torch.equal(model.calculate_loss(batch), reference.calculate_loss(batch))
+    assert torch.equal(model.full_sort_predict(rows), reference.full_sort_predict(rows))
+
+
+@pytest.mark.parametrize("name", ["SASRec", "GRU4Rec"])
+def test_whole_mode_learns_eight_users(in_folder: Path, name: str) -> None:
+    more = {"train_mode": "whole", "hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0,
+            "dropout_prob": 0.0, "hidden_size": 32}  # fmt: skip
+    known = {k: v for k, v in more.items() if k in MMConfig(name, "ml-100k").final_config_dict}
+    config, (train, _, _) = toy_data(in_folder, name, [7] * 8, **known)
+    torch.manual_seed(0)
+    model = config.model_class(config, train.dataset)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(120):
+        for batch in train:
+            optimizer.zero_grad()
+            loss = model.calculate_loss(batch)
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.25 * losses[0]
+
+
+def test_a_model_that_is_not_causal_refuses_whole_mode() -> None:
+    with pytest.raises(UserError, match="train_mode"):
+        MMConfig("BERT4Rec", "ml-100k", overrides={"train_mode": "whole"})
+
+
+# --- whole runs ---
+def run_and_load(folder: Path, model: str, dataset: str = "ml-100k", **more: Any) -> dict[str, Any]:
+    """Trains, tests, loads the run again and asserts that it gives the same result."""
+    overrides = keys(folder, **more)
+    result = quick_start.run(model, dataset, overrides=overrides)
+    path = overrides.get("data_path")
+    again = quick_start.load(result["run_dir"], data_path=path, overrides={"show_progress": False})
+    assert again["test"] == result["test"]
+    assert again["valid"] == result["valid"]
+    metrics = result["test"]
+    assert all(0 <= metrics[name] <= 1 for name in metrics)
+    assert not list(Path(result["run_dir"]).rglob("*.pth"))
+    return result
+
+
+def test_fast_subset_trains_and_reloads_in_a_fresh_process(in_folder: Path) -> None:
+    results = {name: quick_start.run(name, "ml-100k", overrides=keys(in_folder)) for name in FAST}
+    assert {result["test_users"] for result in results.values()} == {305}
+    folders = {name: result["run_dir"] for name, result in results.items()}
+    script = (
+        "import json, sys; from recbole_mm import quick_start\n"
+        "runs = json.loads(sys.argv[1])\n"
+        "tests = {n: quick_start.load(f, overrides={'state': 'ERROR'})['test']"
+        " for n, f in runs.items()}\n"
+        "assert not {'ray', 'transformers'} & set(sys.modules)\n"
+        "print('RESULT' + json.dumps(tests))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(folders)],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    reloaded = json.loads(done.stdout.rpartition("RESULT")[2])
+    assert reloaded == {name: result["test"] for name, result in results.items()}
+
+
+def test_item_features_leave_the_candidates_alone(in_folder: Path) -> None:
+    """With features RecBole would rank 1,683 items for FDSA and 869 for SASRec."""
+    sizes = set()
+    for name in ("SASRec", "FDSA", "BPR"):
+        config = MMConfig(name, "ml-100k", overrides=keys(in_folder))
+        sizes.add(create_dataset(config).item_num)
+    assert sizes == {869}
+
+
+# --- stages in one run ---
+def test_s3rec_pre_trains_and_fine_tunes_in_one_run(in_folder: Path) -> None:
+    seen: list[str] = []
+    enter = zoo.S3Rec.enter
+    try:
+        zoo.S3Rec.enter = lambda self, stage: (seen.append(stage), enter(self, stage))[1]  # type: ignore
+        result = run_and_load(in_folder, "S3Rec", epochs=2, user_inter_num_interval="[20,21]")
+    finally:
+        zoo.S3Rec.enter = enter  # type: ignore[method-assign]
+    assert seen == ["pretrain", "finetune"]
+    assert result["stages"]["train"]["epochs"] == 4  # --epochs caps both stages
+
+
+def test_s3rec_mistakes_are_told(in_folder: Path) -> None:
+    for more in ({"train_stage": "finetune"}, {"pre_model_path": "x.pth"}):
+        with pytest.raises(UserError, match="leave train_stage and pre_model_path out"):
+            quick_start.run("S3Rec", "ml-100k", overrides=keys(in_folder, **more))
+    with pytest.raises(UserError, match="item column 'colour', which is not loaded"):
+        quick_start.run("S3Rec", "ml-100k", overrides=keys(in_folder, item_attribute="colour"))
+
+
+def test_ract_trains_only_what_a_stage_is_for(in_folder: Path) -> None:
+    config, (train, _, _) = toy_data(in_folder, "RaCT", [6] * 8)
+    model = zoo.RaCT(config, train.dataset)
+    for stage in model.stage_names:
+        model.enter(stage)
+        model.zero_grad()
+        model.calculate_loss(next(iter(train))).backward()
+        moved = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None}
+        critic = stage == "critic_pretrain"
+        assert moved == ({"critic_net"} if critic else {"encoder", "decoder"})
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("model", ["MultiVAE", "RaCT", "NCL", "DiffRec"])
+def test_a_stopped_run_ends_with_the_same_numbers(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    """Also what RecBole keeps in plain attributes goes on: annealing, clusters, past losses."""
+    random_interactions(in_folder / "toy", [6, 9, 12] * 10)
+    more: dict[str, Any] = {"epochs": 5, "user_inter_num_interval": "[1,inf)"}
+    more |= {"NCL": {"m_step": 3, "num_clusters": 5, "warm_up_step": 1},
+             "RaCT": {"pretrain_epochs": 3}}.get(model, {})  # fmt: skip
+    overrides = keys(in_folder, data_path=str(in_folder), **more)
+    whole = quick_start.run(model, "toy", overrides=overrides)
+    trainer = registry.get_trainer_base(whole_type(model), model)
+    train_epoch = trainer._train_epoch
+
+    def stops(self: Any, train_data: Any, epoch_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if epoch_idx == 4:
+            raise Stop
+        return train_epoch(self, train_data, epoch_idx, *args, **kwargs)
+
+    broken = {**overrides, "checkpoint_dir": str(in_folder / "broken")}
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_train_epoch", stops)
+        with pytest.raises(Stop):
+            quick_start.run(model, "toy", overrides=broken)
+    resumed = quick_start.run(model, "toy", overrides=broken, resume="")
+    assert resumed["valid"] == whole["valid"]
+    assert resumed["test"] == whole["test"]
+    best = [Path(r["run_dir"]) / "train" / "best" / "model.safetensors" for r in (whole, resumed)]
+    assert best[0].read_bytes() == best[1].read_bytes()
+
+
+def whole_type(model: str) -> Any:
+    return registry.get_model(model).type
+
+
+# --- every model ---
+def entity_files(folder: Path, interactions: Path) -> None:
+    """A dataset with a generated knowledge graph and entity vectors, for KSR and GRU4RecKG."""
+    rng = np.random.default_rng(0)
+    lines = (interactions / "ml-100k.inter").read_text().splitlines()
+    rows = [line.split("\t") for line in lines[1:]]
+    items = sorted({row[1] for row in rows})
+    name = folder.name
+    write_atomic(folder / f"{name}.inter", lines[0], rows)
+    write_atomic(
+        folder / f"{name}.link", "item_id:token entity_id:token", [[i, f"e{i}"] for i in items]
+    )
+    triples = [[f"e{i}", f"r{rng.integers(4)}", f"e{rng.choice(items)}"] for i in items]
+    write_atomic(folder / f"{name}.kg", "head_id:token relation_id:token tail_id:token", triples)
+
+    def vectors(names: list[str]) -> list[list[str]]:
+        return [[n, " ".join(f"{v:.4f}" for v in rng.normal(size=64))] for n in names]
+
+    write_atomic(
+        folder / f"{name}.ent", "ent_id:token ent_emb:float_seq", vectors([f"e{i}" for i in items])
+    )
+    write_atomic(
+        folder / f"{name}.rel",
+        "rel_id:token rel_emb:float_seq",
+        vectors([f"r{r}" for r in range(4)]),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [*SEQUENTIAL, *GENERAL])
+def test_every_model_trains_evaluates_and_reloads(in_folder: Path, model: str) -> None:
+    if model in ("KSR", "GRU4RecKG"):
+        ml_100k = Path(MMConfig("BPR", "ml-100k")["data_path"])
+        entity_files(in_folder / "ml-kg", ml_100k)
+        result = run_and_load(in_folder, model, "ml-kg", data_path=str(in_folder))
+    else:
+        result = run_and_load(in_folder, model)
+    assert result["test_users"] == 305
+
+
+def test_entity_models_without_entities_say_what_is_missing(in_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"needs the file .*ml-100k\.ent"):
+        quick_start.run("KSR", "ml-100k", overrides=keys(in_folder))
+
+
+def test_the_sweep_leaves_no_model_out() -> None:
+    rooms = {
+        room: {n for n, p in registry.zoo_models().items() if f".{room}_recommender." in p}
+        for room in ("sequential", "general")
+    }
+    assert {name.lower() for name in SEQUENTIAL} == rooms["sequential"]
+    assert {name.lower() for name in GENERAL} == rooms["general"] - {"convncf"}  # hours on a CPU

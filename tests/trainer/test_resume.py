@@ -1,0 +1,95 @@
+"""A run that is killed goes on where it was, and ends with the numbers of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO
+
+SMALL = [
+    "--dataset=ml-100k",
+    "--user_inter_num_interval=[20,40]",
+    "--show_progress=False",
+    "--save_every_s=0",
+]
+
+
+def command(*flags: str) -> list[str]:
+    return [sys.executable, str(REPO / "run_recbole_mm.py"), *flags, *SMALL]
+
+
+def run(folder: Path, *flags: str) -> dict:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command(*flags, "--result_file=r.json"), cwd=folder, env=environment, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    return json.loads((folder / "r.json").read_text())
+
+
+def kill_when(folder: Path, ready, *flags: str) -> None:
+    process = subprocess.Popen(
+        command(*flags),
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(ready(json.loads(p.read_text())) for p in folder.glob("saved/*/state.json")):
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            return
+        time.sleep(0.02)
+    pytest.fail("the run ended before it could be killed")
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "ready"),
+    [
+        (
+            "LRURec",
+            ("--epochs=4", "--train_batch_size=16"),
+            lambda s: s["stages"].get("train", {}).get("steps", 0) >= 30,
+        ),
+        (
+            "SASRec",
+            ("--epochs=4", "--n_layers=1"),
+            lambda s: s["stages"].get("train", {}).get("epochs", 0) >= 2,
+        ),
+        ("BPR", ("--epochs=25",), lambda s: s["stages"].get("train", {}).get("epochs", 0) >= 5),
+    ],
+)
+def test_killed_and_resumed_equals_uninterrupted(
+    tmp_path: Path, model: str, flags: tuple, ready
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    expected = run(whole, f"--model={model}", *flags)
+    kill_when(broken, ready, f"--model={model}", *flags)
+    resumed = run(broken, f"--model={model}", *flags, "--resume")
+    assert len(list(broken.glob("saved/*"))) == 1, "resuming must not start a second run"
+    assert resumed["test"] == expected["test"]
+    assert resumed["valid"] == expected["valid"]
+    assert resumed["stages"]["train"]["epochs"] == expected["stages"]["train"]["epochs"]
+
+
+def test_a_finished_run_evaluates_again_in_a_fresh_process(tmp_path: Path) -> None:
+    for model, flags in (("GRU4Rec", ["--epochs=1"]), ("EASE", []), ("LRURec", ["--epochs=1"])):
+        first = run(tmp_path, f"--model={model}", *flags)
+        again = run(tmp_path, f"--load={first['run_dir']}")
+        assert again["test"] == first["test"], model
+        assert again["config_hash"] == first["config_hash"], model
+    masked = run(tmp_path, f"--load={first['run_dir']}", "--mask_history=True")
+    assert masked["protocol"] == "full-masked"
+    assert masked["test"] == first["test_protocols"]["full-masked"]
