@@ -356,9 +356,11 @@ class MMConfig(Config):
                 "leave it off."
             )
         metric, _, k = str(final["valid_metric"]).partition("@")
-        if k and (not k.isdigit() or int(k) not in final["topk"]):
+        measured = [str(name).lower() for name in final["metrics"]]
+        if metric.lower() not in measured or (k and k not in map(str, final["topk"])):
             raise UserError(
-                f"valid_metric: {metric}@{k} is not measured, add {k} to topk {final['topk']}."
+                f"valid_metric: {metric}@{k} is not measured, add it to metrics {final['metrics']} "
+                f"and topk {final['topk']}."
             )
         if final["eval_candidates"] not in EVAL_CANDIDATES:
             raise UserError(

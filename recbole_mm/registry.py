@@ -24,17 +24,17 @@ MENDED: dict[str, str] = {
         name: f"recbole_mm.model.zoo:{name}"
         for name in (
             *("DiffRec", "GRU4Rec", "KSR", "LDiffRec", "MacridVAE"),
-            *("MultiVAE", "RaCT", "S3Rec", "SASRec"),
+            *("MultiVAE", "RaCT", "Random", "S3Rec", "SASRec"),
         )
     },
-    "Random": "recbole.model.general_recommender.random:Random",  # its module imports `random`
 }
 
 TRAINERS = {
     "LRURec": "recbole_mm.trainer.staged:StagedTrainer",
     "PRIME": "recbole_mm.trainer.staged:StagedTrainer",
-    "RaCT": "recbole_mm.trainer.phased:PhasedTrainer",
-    "S3Rec": "recbole_mm.trainer.phased:PhasedTrainer",
+    "RaCT": "recbole_mm.trainer.special:PhasedTrainer",
+    "RecVAE": "recbole_mm.trainer.special:RecVAETrainer",
+    "S3Rec": "recbole_mm.trainer.special:PhasedTrainer",
 }
 
 _ZOO_ROOMS = ("general", "sequential", "context_aware", "knowledge_aware")

@@ -175,11 +175,19 @@ class PromptWriter:
         self._closing = self._trusted(family.chat_tail)
         self._labels = [self._trusted(f"({letter})") for letter in letters]
 
-    def write(self, history: Iterable[int], candidates: Sequence[int]) -> Prompt:
-        """The prompt that asks for the next item after `history` among `candidates` (item ids)."""
+    def write(
+        self, history: Iterable[int], candidates: Sequence[int], letters: Iterable[int]
+    ) -> Prompt:
+        """The prompt that asks which of the candidates comes after the history.
+
+        Args:
+            history: item ids, oldest first.
+            candidates: item ids.
+            letters: the place in the alphabet of each candidate's letter.
+        """
         pieces = [self._opening, *(self.line(item) for item in history), self._between]
-        for label, item in zip(self._labels, candidates, strict=False):
-            pieces += (label, self.line(item))
+        for letter, item in zip(letters, candidates, strict=True):
+            pieces += (self._labels[letter], self.line(item))
         return join([*pieces, self._closing])
 
     def line(self, item: int) -> Prompt:

@@ -55,32 +55,44 @@ class LetterRanker(nn.Module):
         self.writer, self.verbalizer = writer, verbalizer
         self.supervise, self.max_tokens = supervise, max_tokens
 
-    def loss(self, histories: Sequence[Ints], candidates: Ints, places: Ints) -> Tensor:
+    def loss(
+        self,
+        histories: Sequence[Ints],
+        candidates: Ints,
+        places: Ints,
+        letters: Sequence[int] | None = None,
+    ) -> Tensor:
         """Mean cross entropy of the labels' letters.
 
         Args:
             histories: item ids, oldest first. B arrays.
             candidates: item ids, in the order of their letters. Shape: (B, K).
             places: place of the label in each row. Shape: (B,).
+            letters: place in the alphabet of each column's letter; None: A, B, C …
 
         Returns:
             Shape: ().
         """
         self.forget()
-        prompts = self._write(histories, candidates)
+        letters = range(candidates.shape[1]) if letters is None else letters
+        prompts = self._write(histories, candidates, letters)
         if self.supervise == "letter":
-            logits = self._letters(self._collate(prompts), candidates.shape[1])  # (B, K)
+            logits = self._letters(self._collate(prompts), letters)  # (B, K)
             return F.cross_entropy(logits, torch.as_tensor(places, device=logits.device))
-        letters = [self.verbalizer.ids[place] for place in places]
+        return self._whole_vocabulary(prompts, [letters[place] for place in places])
+
+    def _whole_vocabulary(self, prompts: Sequence[Prompt], letters: Sequence[int]) -> Tensor:
+        """Mean cross entropy of the letter and of the end of the answer."""
+        answers = [self.verbalizer.ids[letter] for letter in letters]
         axes = self.backbone.family.axes
         answered = [
-            join([prompt, text_piece([letter], axes)])
-            for prompt, letter in zip(prompts, letters, strict=True)
+            join([prompt, text_piece([answer], axes)])
+            for prompt, answer in zip(prompts, answers, strict=True)
         ]
         hidden = self.backbone.hidden(self._collate(answered), self.images, positions=2)
         logits = self.backbone.head(hidden).float()  # (B, 2, vocabulary)
-        ends = [self.verbalizer.end_id] * len(letters)
-        targets = torch.tensor([letters, ends], device=logits.device).T  # (B, 2)
+        ends = [self.verbalizer.end_id] * len(answers)
+        targets = torch.tensor([answers, ends], device=logits.device).T  # (B, 2)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
@@ -94,30 +106,33 @@ class LetterRanker(nn.Module):
         Returns:
             Shape: (B, K).
         """
-        prompts = self._write(histories, candidates)
+        letters = range(candidates.shape[1])
+        prompts = self._write(histories, candidates, letters)
         out = torch.empty(candidates.shape)
         lengths = [len(prompt) for prompt in prompts]
         for rows in by_length(lengths, self.max_tokens):
             batch = self._collate([prompts[row] for row in rows])
-            out[rows] = self._letters(batch, candidates.shape[1]).log_softmax(dim=1).cpu()
+            out[rows] = self._letters(batch, letters).log_softmax(dim=1).cpu()
         return out
 
     def forget(self) -> None:
         """To be called when weights have changed: drops what was computed with the old ones."""
         self.images.forget()
 
-    def _write(self, histories: Sequence[Ints], candidates: Ints) -> list[Prompt]:
+    def _write(
+        self, histories: Sequence[Ints], candidates: Ints, letters: Sequence[int]
+    ) -> list[Prompt]:
         return [
-            self.writer.write(history.tolist(), row.tolist())
+            self.writer.write(history.tolist(), row.tolist(), letters)
             for history, row in zip(histories, candidates, strict=True)
         ]
 
     def _collate(self, prompts: Sequence[Prompt]) -> PromptBatch:
         return collate(prompts, self.backbone.pad_id)
 
-    def _letters(self, batch: PromptBatch, count: int) -> Tensor:
+    def _letters(self, batch: PromptBatch, letters: Sequence[int]) -> Tensor:
         hidden = self.backbone.hidden(batch, self.images)[:, 0]  # (B, D)
-        return self.verbalizer.logits(hidden, self.backbone.head, count)
+        return self.verbalizer.logits(hidden, self.backbone.head, letters)
 
 
 @dataclass(frozen=True)

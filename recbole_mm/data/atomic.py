@@ -55,12 +55,14 @@ _MISSING = "\\N"
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 _UNESCAPES = {"\\\\": "\\", "\\t": "\t", "\\n": "\n", "\\r": "\r"}
 _ESCAPED = re.compile(r"\\.?", re.DOTALL)
-_UNSAFE = re.compile(r'[\x00-\x1f\x7f"\ud800-\udfff]|^\s|\s$')
+# A percent sign before two hex digits goes too, so that no two ids become the same.
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f"\ud800-\udfff]|^\s|\s$|%(?=[0-9A-Fa-f]{2})')
 # Absolute, a drive letter, a '..' step, or a NUL.
 _LEAVES = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0")
 _WORD_BREAK = re.compile(r"[\s\x00-\x1f\x7f]+")
 
-_PRICE = re.compile(r"[^\d.]*(\d[\d,]*(?:\.\d+)?)[^\d.]*")
+# One number, with commas at thousands only: '12,99' may be a decimal comma and stays unclear.
+_PRICE = re.compile(r"[^\d.]*((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)[^\d.]*", re.ASCII)
 
 # The text attributes that RecBole's zoo can use, with their types in `.item`.
 ITEM_FIELDS = {"categories": "token_seq", "brand": "token", "price": "float"}
@@ -317,29 +319,49 @@ def write_images(path: Path, rows: Iterable[tuple[str, str]]) -> int:
     return write_table(path, header, ((item, escape(image)) for item, image in rows))
 
 
+def check_free(folder: Path, force: bool) -> None:
+    """Checks that a dataset may be written to `folder`.
+
+    Raises:
+        UserError: it exists and `force` is false, or it is something else than a dataset.
+    """
+    if not folder.exists():
+        return
+    if not (folder / f"{folder.name}.inter").is_file():
+        raise UserError(
+            f"{folder} exists and is no dataset (there is no {folder.name}.inter in it), so it is "
+            "never replaced; give another name."
+        )
+    if not force:
+        raise UserError(f"{folder} exists already; give another name, or --force to replace it.")
+
+
 @contextmanager
 def new_folder(folder: Path, force: bool = False) -> Iterator[Path]:
     """Yields an empty temporary folder beside `folder`, which takes its place at a clean exit.
 
-    After an error or a kill, `folder` is as it was. An existing one is replaced only with `force`.
+    After an error or a kill, `folder` is as it was. An existing dataset is replaced as a whole,
+    and only with `force`.
 
     Raises:
-        UserError: `folder` exists and `force` is false.
+        UserError: see `check_free`; or the place cannot be written to.
     """
-    if folder.exists() and not force:
-        raise UserError(f"{folder} exists already; give another name, or --force to replace it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    check_free(folder, force)
     suffix = uuid.uuid4().hex[:8]
     fresh = folder.with_name(f".{folder.name}.{suffix}.tmp")
-    fresh.mkdir()
+    try:
+        fresh.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder.parent} cannot be written to: {error.strerror}.") from None
     try:
         yield fresh
-        if folder.exists():
-            stale = folder.with_name(f".{folder.name}.{suffix}.old")
-            os.replace(folder, stale)
-            os.replace(fresh, folder)
-            shutil.rmtree(stale)
-        else:
-            os.replace(fresh, folder)
+        _take_place(fresh, folder, folder.with_name(f".{folder.name}.{suffix}.old"))
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _take_place(fresh: Path, folder: Path, aside: Path) -> None:
+    if folder.exists():
+        os.replace(folder, aside)
+    os.replace(fresh, folder)
+    shutil.rmtree(aside, ignore_errors=True)

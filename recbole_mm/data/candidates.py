@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import recbole
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -105,7 +106,9 @@ def candidates_of_part(
     users = np.unique(part.inter_feat[part.uid_field].numpy())
     own = part.sequences.select(np.searchsorted(part.sequences.users, users))
     tokens = part.field2id_token[part.uid_field][users].tolist()
-    folder = Path(part.dataset_path)
+    folder = Path(part.dataset_path).resolve()
+    if Path(recbole.__file__).resolve().parent in folder.parents:  # ml-100k in RecBole's wheel
+        folder = cache / folder.name
     return users, candidate_lists(folder, name, phase, tokens, part.item_tokens(), own, seed, cache)
 
 

@@ -158,12 +158,16 @@ class FeatureStore:
 
 def _read_info(path: Path) -> FeatureInfo:
     try:
-        return FeatureInfo(**json.loads(path.read_text(encoding="utf-8")))
+        info = FeatureInfo(**json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, TypeError) as error:
         keys = ", ".join(FeatureInfo.__dataclass_fields__)
         raise UserError(f"{path}: {error}; it must be a JSON object of {keys}.") from None
+    for key in ("items", "shape"):
+        if not isinstance(getattr(info, key), list):
+            raise UserError(f"{path}: '{key}' must be a list; write both files again.")
+    return info
 
 
 def _read_matrix(path: Path) -> NDArray[Any]:
@@ -192,10 +196,11 @@ def _check(path: Path, matrix: NDArray[Any], info: FeatureInfo) -> None:
         raise UserError(f"{path}: item '{item}' has more than one row; keep one.")
     step = max(1, _CHUNK // max(1, matrix.shape[1]))
     for start in range(0, len(matrix), step):
-        finite = np.isfinite(matrix[start : start + step]).all(axis=1)  # (step,)
+        small = np.abs(matrix[start : start + step]) <= np.finfo(np.float32).max  # False for NaN
+        finite = small.all(axis=1)  # (step,)
         if not finite.all():
             row = start + int(finite.argmin())
             raise UserError(
-                f"{path}, row {row} (item '{info.items[row]}'): a value is NaN or infinite; "
-                "encode that item again or leave it out."
+                f"{path}, row {row} (item '{info.items[row]}'): a value is NaN, infinite or beyond "
+                "32 bits; encode that item again or leave it out."
             )

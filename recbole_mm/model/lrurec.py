@@ -104,7 +104,10 @@ class LRUEncoder(nn.Module):
         return self.encode(item_seq.flatten()[cells.index], cells)[cells.last]
 
     def states(self, item_seq: Tensor) -> Tensor:
-        """The state after every item, that is of every prefix; 0 at pads. (B, L) -> (B, L, D)."""
+        """The state after every item, that is of every prefix. (B, L) -> (B, L, D).
+
+        It is 0 at pads, except that a row without items begins with the state of a lone pad.
+        """
         cells = real_cells((item_seq != 0).sum(1).clamp(min=1), item_seq.shape[1])
         hidden = self.encode(item_seq.flatten()[cells.index], cells)  # (N, D)
         grid = hidden.new_zeros(item_seq.numel(), hidden.shape[1])  # (B * L, D)

@@ -70,6 +70,30 @@ class KSR(sequential.KSR):
         self.relation_Matrix = self.relation_Matrix.float()
 
 
+# --- chance --------------------------------------------------------------------------------------
+class Random(general.random.Random):
+    """Scores by chance, but a user's are the same each time: a loaded run gives its result."""
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        self.seed: int = config["seed"]
+
+    def full_sort_predict(self, interaction: Interaction) -> Tensor:
+        """Uniform scores. Shape: (B * V,)."""
+        return torch.cat([self._scores(user) for user in interaction[self.USER_ID].tolist()])
+
+    def predict(self, interaction: Interaction) -> Tensor:
+        """The scores of (user, item) pairs. Shape: (B,)."""
+        users, items = interaction[self.USER_ID], interaction[self.ITEM_ID]
+        table = {user: self._scores(user) for user in users.unique().tolist()}
+        scores = [table[u][i] for u, i in zip(users.tolist(), items.tolist(), strict=True)]
+        return torch.stack(scores)
+
+    def _scores(self, user: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + user)
+        return torch.rand(self.n_items, generator=generator).to(self.device)  # (V,)
+
+
 # --- several stages in one run -------------------------------------------------------------------
 def _first_stage_config(config: Any, name: str) -> Any:
     """Checks that the user leaves the stages to the run."""
@@ -145,9 +169,11 @@ class RaCT(_Counters, general.RaCT):
 
     counters = ("update",)
     stage_names = ("actor_pretrain", "critic_pretrain", "finetune")
+    metrics_k: int
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(_first_stage_config(config, "actor_pretrain"), dataset)
+        self.metrics_k = min(self.metrics_k, self.n_items)  # RecBole's stops on small catalogues
 
     def enter(self, stage: str) -> None:
         """Chooses the loss of a stage and what it trains."""

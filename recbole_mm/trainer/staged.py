@@ -208,7 +208,8 @@ class StageLoop:
             loss = self.stage.loss(entry)
             if not torch.isfinite(loss):
                 raise UserError(
-                    f"Stage {self.stage.name}, step {self.position.step}: the loss is {loss.item()}; "
+                    f"Stage {self.stage.name}, step {self.position.step}: the loss is "
+                    f"{loss.item()}; "
                     f"lower {self.stage.name}_learning_rate or learning_rate and --resume."
                 )
             (loss / len(entries)).backward()
@@ -294,7 +295,8 @@ class StageLoop:
             self.logger.info(set_color("Saving current", "blue") + f": {self.folder / 'best'}")
         if position.stopped == "patience":
             self.logger.info(
-                f"Finished training {self.stage.name}, best eval result in step {position.best_step}"
+                f"Finished training {self.stage.name}, best eval result in step "
+                f"{position.best_step}"
             )
 
     # --- saving and going on

@@ -144,6 +144,14 @@ def test_general_and_sequential_models_rank_the_same_lists(tmp_path: Path) -> No
     assert len(list(folder.glob("*.npy"))) == 1
 
 
+def test_nothing_is_written_into_recboles_package(tmp_path: Path) -> None:
+    dataset = MMDataset(bare_config("BPR", None, user_inter_num_interval="[20,25]"))
+    before = set(Path(dataset.dataset_path).iterdir())
+    candidates_of_part(dataset.build()[2], "cand20", "test", 0, tmp_path)
+    assert set(Path(dataset.dataset_path).iterdir()) == before
+    assert len(list((tmp_path / "ml-100k").glob("*.npy"))) == 1
+
+
 def test_ready_made_split_has_no_lists(tmp_path: Path) -> None:
     part = MMSequentialDataset(bare_config("SASRec", random_interactions(tmp_path / "t", [6])))
     with pytest.raises(UserError, match="benchmark_filename"):

@@ -330,6 +330,18 @@ def test_same_seed_same_model() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same_loss_and_gradients() -> None:
+    batch = whole_batch(sequences_of([3, 9, 5, 12, 2]))
+    grads = []
+    for device in ("cpu", "cuda"):
+        model = model_of().double().to(device)
+        model.calculate_loss(batch.to(device)).backward()
+        grads.append([p.grad.cpu() for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
 # --- benchmark ------------------------------------------------------------------------------------
 
 

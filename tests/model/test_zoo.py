@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from recbole.data.interaction import Interaction
 from recbole.model import general_recommender as general
 from recbole.model import sequential_recommender as sequential
 from torch import Tensor
@@ -200,8 +201,9 @@ def run_and_load(folder: Path, model: str, dataset: str = "ml-100k", **more: Any
 
 
 def test_fast_subset_trains_and_reloads_in_a_fresh_process(in_folder: Path) -> None:
-    results = {name: quick_start.run(name, "ml-100k", overrides=keys(in_folder)) for name in FAST}
-    assert {result["test_users"] for result in results.values()} == {305}
+    overrides = keys(in_folder, limit_users=60, MAX_ITEM_LIST_LENGTH=10)
+    results = {name: quick_start.run(name, "ml-100k", overrides=overrides) for name in FAST}
+    assert {result["test_users"] for result in results.values()} == {60}
     folders = {name: result["run_dir"] for name, result in results.items()}
     script = (
         "import json, sys; from recbole_mm import quick_start\n"
@@ -232,17 +234,44 @@ def test_item_features_leave_the_candidates_alone(in_folder: Path) -> None:
     assert sizes == {869}
 
 
+def test_random_is_the_same_each_time_and_no_one_is_like_another(in_folder: Path) -> None:
+    config, (train, _, test) = toy_data(in_folder, "Random", [6] * 8)
+    model = zoo.Random(config, train.dataset)
+    users = next(iter(test))[0]
+    scores = model.full_sort_predict(users).view(len(users), -1)
+    assert torch.equal(scores.flatten(), model.full_sort_predict(users))
+    assert len(scores.unique()) == scores.numel()
+    assert torch.equal(model.full_sort_predict(users[[3]]), scores[3])  # whatever the batch
+    items = torch.tensor([1, 2, 5])
+    pairs = Interaction({"user_id": users["user_id"][[0, 3, 0]], "item_id": items})
+    assert model.predict(pairs).tolist() == [scores[0, 1], scores[3, 2], scores[0, 5]]
+
+
 # --- stages in one run ---
 def test_s3rec_pre_trains_and_fine_tunes_in_one_run(in_folder: Path) -> None:
-    seen: list[str] = []
-    enter = zoo.S3Rec.enter
-    try:
-        zoo.S3Rec.enter = lambda self, stage: (seen.append(stage), enter(self, stage))[1]  # type: ignore
-        result = run_and_load(in_folder, "S3Rec", epochs=2, user_inter_num_interval="[20,21]")
-    finally:
-        zoo.S3Rec.enter = enter  # type: ignore[method-assign]
-    assert seen == ["pretrain", "finetune"]
+    more = attribute_data(in_folder)
+    result = run_and_load(in_folder, "S3Rec", "toy", **{**more, "epochs": 2})
     assert result["stages"]["train"]["epochs"] == 4  # --epochs caps both stages
+    keys_of_short = {**more, "epochs": 3, "pretrain_epochs": 1}
+    short = run_and_load(in_folder, "S3Rec", "toy", **keys_of_short)
+    assert short["stages"]["train"]["epochs"] == 4
+    assert short["test"] != result["test"]
+
+
+def attribute_data(folder: Path) -> dict[str, Any]:
+    """Random users of items with two attributes each, and the keys that load them."""
+    random_interactions(folder / "toy", [6, 9, 12] * 5)
+    rows = [[f"i{i}", f"c{i % 3} c{3 + i % 2}"] for i in range(30)]
+    write_atomic(folder / "toy" / "toy.item", "item_id:token class:token_seq", rows)
+    columns = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "class"]}
+    return {
+        "data_path": str(folder),
+        "load_col": columns,
+        "user_inter_num_interval": "[1,inf)",
+        "hidden_size": 16,
+        "inner_size": 16,
+        "MAX_ITEM_LIST_LENGTH": 8,
+    }
 
 
 def test_s3rec_mistakes_are_told(in_folder: Path) -> None:
@@ -269,16 +298,21 @@ class Stop(Exception):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize("model", ["MultiVAE", "RaCT", "NCL", "DiffRec"])
+@pytest.mark.parametrize("model", ["MultiVAE", "RaCT", "NCL", "DiffRec", "RecVAE", "S3Rec"])
 def test_a_stopped_run_ends_with_the_same_numbers(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
     """Also what RecBole keeps in plain attributes goes on: annealing, clusters, past losses."""
-    random_interactions(in_folder / "toy", [6, 9, 12] * 10)
-    more: dict[str, Any] = {"epochs": 5, "user_inter_num_interval": "[1,inf)"}
-    more |= {"NCL": {"m_step": 3, "num_clusters": 5, "warm_up_step": 1},
-             "RaCT": {"pretrain_epochs": 3}}.get(model, {})  # fmt: skip
-    overrides = keys(in_folder, data_path=str(in_folder), **more)
+    more = attribute_data(in_folder) if model == "S3Rec" else {}
+    if not more:
+        random_interactions(in_folder / "toy", [6, 9, 12] * 10)
+    more |= {"epochs": 5, "user_inter_num_interval": "[1,inf)", "data_path": str(in_folder)}
+    stages: dict[str, dict[str, Any]] = {
+        "NCL": {"m_step": 3, "num_clusters": 5, "warm_up_step": 1},
+        "RaCT": {"pretrain_epochs": 3},
+        "S3Rec": {"pretrain_epochs": 2},
+    }
+    overrides = keys(in_folder, **more, **stages.get(model, {}))
     whole = quick_start.run(model, "toy", overrides=overrides)
     trainer = registry.get_trainer_base(whole_type(model), model)
     train_epoch = trainer._train_epoch

@@ -1,0 +1,39 @@
+"""Makes mm-demo: generated products whose purchases follow what only their pictures show."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+from recbole_mm.data.atomic import new_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `python -m dataset_tools demo`."""
+    parser.add_argument(
+        "--permuted",
+        action="store_true",
+        help="make mm-demo-permuted, whose pictures are permuted among the items",
+    )
+    parser.add_argument("--seed", type=int, default=2020, help="of everything drawn (2020)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Makes the dataset.
+
+    Raises:
+        UserError: the folder exists, and there is no `--force`.
+    """
+    from recbole_mm.data.demo import make_demo
+
+    name = "mm-demo-permuted" if arguments.permuted else "mm-demo"
+    folder = Path(arguments.out) / name
+    with (
+        new_folder(folder, arguments.force) as fresh,
+        tempfile.TemporaryDirectory(dir=fresh.parent, prefix=".") as place,
+    ):
+        make_demo(Path(place) / name, permuted=arguments.permuted, seed=arguments.seed)
+        os.replace(Path(place) / name, fresh)
+    print(f"Made {folder}; try: python run_recbole_mm.py --dataset={name} --model=LRURec")

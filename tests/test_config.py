@@ -1,0 +1,150 @@
+"""Configuration: precedence, types, names, and nothing that runs code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from recbole_mm.config import MMConfig, convert, parse_value, read_yaml, resolve_backbone
+from recbole_mm.errors import UserError
+from recbole_mm.paths import properties_dir
+
+
+def config(model: str = "SASRec", **overrides: object) -> MMConfig:
+    return MMConfig(model, "ml-100k", overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5", 5),
+        ("1e-3", 1e-3),
+        ("[20,40]", [20, 40]),
+        ("None", None),
+        ("true", True),
+        ("False", False),
+        ("{'LS': 'valid_and_test'}", {"LS": "valid_and_test"}),
+        ("2-3", "2-3"),
+        ("__import__('os').system('true')", "__import__('os').system('true')"),
+        ("a=b", "a=b"),
+        ("[" * 500, "[" * 500),
+    ],
+)
+def test_values_are_read_and_never_run(text: str, value: object) -> None:
+    assert parse_value(text) == value
+
+
+def test_precedence_of_layers(tmp_path: Path) -> None:
+    assert config()["valid_metric"] == "NDCG@10"  # ours over RecBole's MRR@10
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 7\nlearning_rate: 1e-2\n")
+    mixed = MMConfig("SASRec", "ml-100k", [str(file)], {"epochs": "9"})
+    assert mixed["epochs"] == 9
+    assert mixed["learning_rate"] == 0.01
+
+
+def test_backbone_settings_stand_between_model_and_dataset() -> None:
+    model = read_yaml(properties_dir() / "model" / "PRIME.yaml")
+    tiny = MMConfig("PRIME", "ml-100k", overrides={"backbone": "tiny"})
+    paper = MMConfig("PRIME", "ml-100k")
+    assert paper["n_candidates"] == model["n_candidates"] == 25
+    assert tiny["n_candidates"] == 20
+    assert MMConfig("PRIME", "mm-demo")["backbone"] == "tiny"  # the dataset's YAML
+    chosen = MMConfig("PRIME", "ml-100k", overrides={"backbone": "tiny", "n_candidates": "9"})
+    assert chosen["n_candidates"] == 9
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"epoch": "3"}, r"--epoch: there is no key 'epoch' \(did you mean 'epochs'\?\)"),
+        ({"epochs": "many"}, "epochs: expected a whole number such as .*, got 'many'"),
+        ({"epochs": "True"}, "epochs: expected a whole number"),
+        ({"learning_rate": "[1]"}, "learning_rate: expected a number"),
+        ({"mask_history": "maybe"}, "mask_history: expected True or False"),
+        ({"limit_users": "few"}, "limit_users: expected a whole number or None"),
+        ({"metrics": "Foo"}, "There is no metric named 'Foo'"),
+        ({"valid_metric": "NDCG@3"}, r"NDCG@3 is not measured, add it to .* topk \[5, 10, 20\]"),
+        ({"eval_candidates": "cand7"}, "eval_candidates: 'cand7' is none of full, cand20, cand100"),
+        ({"train_mode": "half"}, "'half' is neither prefix nor whole"),
+        ({"save_dataset": "True"}, "save_dataset: RecBole stores this as a pickle"),
+    ],
+)
+def test_mistakes_are_told(overrides: dict[str, str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        config(**overrides)
+
+
+def test_a_model_that_cannot_train_whole_says_so() -> None:
+    with pytest.raises(UserError, match="BERT4Rec does not train in mode 'whole'"):
+        config("BERT4Rec", train_mode="whole")
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UserError, match=r"no model 'LRUrec' \(did you mean 'LRURec'\?\)"):
+        config("LRUrec")
+    with pytest.raises(UserError, match="neither a file nor a recipe"):
+        MMConfig("SASRec", "ml-100k", ["no_such_recipe"])
+    with pytest.raises(UserError, match=r"there is no backbone 'qwen'.*tiny"):
+        resolve_backbone("qwen", "qwen2-vl-2b")
+
+
+def test_a_local_folder_is_a_backbone_of_the_default_family(tmp_path: Path) -> None:
+    spec, _ = resolve_backbone(str(tmp_path), "qwen2-vl-2b")
+    assert spec["model"] == str(tmp_path)
+    assert spec["family"] == "qwen2_vl"
+    assert not spec["is_tiny"]
+
+
+def test_broken_yaml_names_the_line(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("epochs: 3\n  learning_rate: [1\n")
+    with pytest.raises(UserError, match=r"bad.yaml, line \d"):
+        read_yaml(file)
+    file.write_text("- 1\n")
+    with pytest.raises(UserError, match="found a list"):
+        read_yaml(file)
+    file.write_text("x: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(UserError, match="not valid YAML"):
+        read_yaml(file)
+
+
+def test_numbers_in_yaml_are_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "n.yaml"
+    file.write_text("a: 1e-3\nb: 5\nc: 0.5\nd: .inf\ne: 1E5\nf: '12'\n")
+    values = read_yaml(file)
+    assert values == {"a": 1e-3, "b": 5, "c": 0.5, "d": float("inf"), "e": 1e5, "f": "12"}
+    assert type(values["b"]) is int
+
+
+def test_convert_keeps_recbole_forms() -> None:
+    assert convert("topk", 10, [5]) == [10]
+    assert convert("stages", "retriever,ranker", ["x"]) == ["retriever", "ranker"]
+    assert convert("gpu_id", 0, "0") == "0"
+    assert convert("train_neg_sample_args", None, {"distribution": "uniform"}) is None
+    assert convert("epochs", 10.0, 3) == 10
+
+
+def test_protocols_of_sequential_and_general_models_agree() -> None:
+    sequential, general = config("SASRec"), config("BPR")
+    for key in ("eval_args", "metrics", "topk", "valid_metric", "item_inter_num_interval"):
+        assert sequential[key] == general[key], key
+    assert sequential["train_neg_sample_args"]["distribution"] == "none"
+    assert general["train_neg_sample_args"]["distribution"] == "uniform"
+
+
+def test_hash_ignores_where_and_keeps_what() -> None:
+    assert config(show_progress="False").hash() == config().hash()
+    assert config(seed="7").hash() != config().hash()
+
+
+def test_every_yaml_key_has_a_comment_with_its_type() -> None:
+    for path in properties_dir().rglob("*.yaml"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            key = line.partition(":")[0]
+            if path.parent.name == "paper" or not key.strip() or key.lstrip().startswith("#"):
+                continue
+            nested = line.startswith(" ") and "#" not in line  # eval_args' inner lines
+            section = key in ("settings", "tiny", "  settings")
+            assert nested or section or "# (" in line, f"{path.name}:{number} has no comment"

@@ -1,0 +1,218 @@
+"""The staged trainer against a hand-written loop, and what it does with stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recbole_mm.cli import main
+from recbole_mm.errors import UserError
+from recbole_mm.stage import Stage, StageContext, StageSettings
+from recbole_mm.trainer.checkpoint import read_checkpoint
+from recbole_mm.trainer.run import Run
+from recbole_mm.trainer.settings import stage_settings
+from recbole_mm.trainer.staged import StagedTrainer
+
+DATA = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
+GOAL = DATA @ torch.tensor([1.0, -2.0, 0.5])
+
+
+class Settings(dict):
+    """A configuration: missing keys are None, as RecBole's are."""
+
+    def __missing__(self, key: str) -> None:
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        return {k: v for k, v in self.items() if k != "device"}
+
+    def hash(self) -> str:
+        return "h"
+
+
+class Regression(Stage):
+    """Least squares; batches are slices and the plan depends on the epoch alone."""
+
+    def plan(self, epoch: int) -> list[Tensor]:
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(epoch))
+        return list(order.split(8))
+
+    def loss(self, batch: Tensor) -> Tensor:
+        noisy = nn.functional.dropout(DATA[batch], 0.2)  # draws from the global generator
+        return ((self.module(noisy).squeeze(1) - GOAL[batch]) ** 2).mean()
+
+
+class Toy:
+    stage_names = ("first", "second")
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.net = nn.Linear(3, 1)
+        self.entered: list[str] = []
+
+    def enter(self, name: str) -> None:
+        self.entered.append(name)
+
+    def make_stages(self, settings: dict[str, StageSettings], _: Any) -> list[Stage]:
+        return [Regression(name, self.net, settings[name]) for name in self.stage_names]
+
+
+class ToyTrainer(StagedTrainer):
+    """Validates by the training loss instead of a ranking."""
+
+    validations: list[tuple[int, float]]
+
+    def _open(self, *_: Any) -> None:
+        self.show_progress, self.items, self.validations = False, ["[PAD]"], []
+        self.context = StageContext(None, self.run.folder, 0, torch.device("cpu"))
+        settings = stage_settings(self.config, self.model.stage_names)
+        last = max(map(self.model.stage_names.index, self.chosen))
+        self.stages = self.model.make_stages(settings, None)[: last + 1]
+
+    def data_collect(self, _: Any) -> None:
+        pass
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        with torch.no_grad():
+            score = -((self.model.net(DATA).squeeze(1) - GOAL) ** 2).mean().item()
+        return {"ndcg@10": score}
+
+
+def fit(folder: Path, model: Toy | None = None, **keys: Any) -> tuple[ToyTrainer, Toy]:
+    config = Settings(
+        epochs=3,
+        learning_rate=0.05,
+        weight_decay=0.1,
+        stopping_step=50,
+        valid_metric="NDCG@10",
+        eval_step=1,
+        seed=5,
+        device=torch.device("cpu"),
+        save_every_s=0,
+        model="Toy",
+        dataset="toy",
+        checkpoint_dir=str(folder),
+    )
+    config.update(keys)
+    model = model or Toy()
+    run = Run.start(folder, config)
+    trainer = ToyTrainer(config, model, run)
+    trainer.fit(None, None, None)
+    return trainer, model
+
+
+def by_hand(epochs: int, accumulate: int = 1, clip: float | None = None) -> nn.Linear:
+    """The same training written out, without the trainer."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 1)
+    torch.manual_seed(5)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, weight_decay=0.1)
+    stage = Regression("first", net, StageSettings(epochs=1, learning_rate=0.05))
+    for epoch in range(epochs):
+        plan = stage.plan(epoch)
+        for start in range(0, len(plan), accumulate):
+            batches = plan[start : start + accumulate]
+            optimizer.zero_grad()
+            sum(stage.loss(b) / len(batches) for b in batches).backward()
+            if clip:
+                nn.utils.clip_grad_norm_(net.parameters(), clip)
+            optimizer.step()
+    return net
+
+
+@pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (2, None), (1, 0.5)])
+def test_steps_equal_a_hand_written_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int, clip: float | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = {"accumulate": accumulate, "first_clip_norm": clip, "stages": ["first"]}
+    trainer, _ = fit(tmp_path, **keys)
+    last = read_checkpoint(trainer.run.folder / "first" / "last").tensors
+    expected = by_hand(3, accumulate, clip)
+    torch.testing.assert_close(last["weight"], expected.weight.data, rtol=0, atol=0)
+
+
+def test_it_learns_and_keeps_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer, toy = fit(tmp_path, epochs=60, weight_decay=0.0, stopping_step=99)
+    record = trainer.run.stage("second")
+    assert record["stopped"] == "epochs"
+    assert record["best_valid"] > -0.5  # about -6 at the start
+    assert trainer.evaluate()["ndcg@10"] == pytest.approx(record["best_valid"])
+    assert toy.entered == ["first", "second"]
+
+
+def test_patience_and_steps_end_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer, _ = fit(tmp_path, learning_rate=0.0, stopping_step=2, epochs=9)
+    assert trainer.run.stage("first")["stopped"] == "patience"
+    assert trainer.run.stage("first")["steps"] == 3 * 5  # nothing moves: the first, then two more
+    capped, _ = fit(tmp_path, first_max_steps=7, first_eval_every=3)
+    assert capped.run.stage("first")["steps"] == 7
+    assert capped.run.stage("first")["stopped"] == "steps"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.5]),
+        ("cosine", [0.5, 1.0, 1.0, 0.5]),
+    ],
+)
+def test_learning_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str, expected: list[float]
+) -> None:
+    """Two warm-up steps, then down to nothing over the four that are left of six."""
+    monkeypatch.chdir(tmp_path)
+    from recbole_mm.trainer.staged import StageLoop
+
+    trainer, toy = fit(tmp_path, epochs=1)
+    settings = StageSettings(
+        epochs=9, learning_rate=1.0, schedule=schedule, warmup_steps=2, max_steps=6
+    )
+    loop = StageLoop(trainer, Regression("first", toy.net, settings), None)
+    assert [loop._lr_factor(step) for step in (0, 1, 2, 4)] == pytest.approx(expected)
+    if schedule != "constant":
+        assert loop._lr_factor(6) == pytest.approx(0.0)
+
+
+def test_an_infinite_loss_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    toy = Toy()
+    with torch.no_grad():
+        toy.net.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="Stage first, step 0: the loss is nan"):
+        fit(tmp_path, toy)
+
+
+def test_a_stage_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'third' is no stage of Toy"):
+        fit(tmp_path, stages=["third"])
+
+
+def test_settings_fall_back_to_the_plain_key() -> None:
+    config = Settings(
+        epochs=10, learning_rate=0.1, ranker_learning_rate=0.2, ranker_epochs=20, stopping_step=3,
+        valid_metric="NDCG@10", retriever_valid_metric="Recall@25", eval_step=1, ranker_max_steps=0,
+        clip_grad_norm={"max_norm": 5.0, "norm_type": 2}, ranker_clip_norm=1.0,
+    )  # fmt: skip
+    settings = stage_settings(config, ["retriever", "ranker"])
+    assert settings["ranker"].learning_rate == 0.2
+    assert settings["retriever"].learning_rate == 0.1
+    assert settings["ranker"].epochs == 10  # `epochs` caps every stage
+    assert settings["retriever"].valid_metric == "recall@25"
+    assert settings["ranker"].max_steps is None
+    assert (settings["retriever"].clip_norm, settings["ranker"].clip_norm) == (5.0, 1.0)
+
+
+def test_a_stage_needs_the_earlier_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--model=PRIME", "--dataset=ml-100k", "--backbone=tiny", "--stages=ranker"]) == 1
+    assert "no run of this configuration has finished retriever" in capsys.readouterr().err
