@@ -183,9 +183,9 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     try:
         import pyarrow as pa
         from pyarrow import parquet
-    except ImportError:
+    except ImportError as error:
         raise UserError(
-            f"{path}: Parquet needs pyarrow, install it by `pip install 'recbole-mm[parquet]'`."
+            f"{path}: Parquet needs pyarrow ({error}): `pip install 'recbole-mm[parquet]'`."
         ) from None
     try:
         table = parquet.read_table(path)

@@ -264,7 +264,6 @@ class MMConfig(Config):
         self._check()
 
     # --- RecBole's hooks
-    # ---------------------------------------------------------------------------
     def compatibility_settings(self) -> None:
         compat.restore_numpy_aliases()
         compat.silence_deprecations()
@@ -299,7 +298,6 @@ class MMConfig(Config):
         self._settle_keys()
 
     # --- our layers
-    # --------------------------------------------------------------------------------
     def _lay(self, path: Path | None) -> None:
         if path is not None:
             self.internal_config_dict.update(read_yaml(path))
@@ -346,7 +344,6 @@ class MMConfig(Config):
         return f"--{key}" if key in self.variable_config_dict else (self._files or ["config"])[-1]
 
     # --- checks on the whole
-    # -----------------------------------------------------------------------
     def _check(self) -> None:
         final = self.final_config_dict
         pickled = [key for key in PICKLE_KEYS if final.get(key)]

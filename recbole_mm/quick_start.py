@@ -151,10 +151,13 @@ def prepare_data(config: MMConfig) -> Data:
         UserError: the dataset is not there; the sentence names the command that makes it.
     """
     from recbole_mm.data.history import attach_candidates, attach_history
+    from recbole_mm.data.item_features import choose_item_features
     from recbole_mm.data.preparation import create_dataset, data_preparation
 
     ensure_dataset(config)
+    choose_item_features(config)
     dataset = create_dataset(config)
+    _check_catalogue(config, dataset)
     getLogger().info(dataset)
     if not dataset_is_sequential(config):  # RecBole counts (user, item) cells there, we count users
         config.final_config_dict["eval_batch_size"] *= dataset.item_num
@@ -163,6 +166,16 @@ def prepare_data(config: MMConfig) -> Data:
     if config["eval_candidates"] != "full":
         attach_candidates(config["eval_candidates"], data.valid, data.test)
     return data
+
+
+def _check_catalogue(config: MMConfig, dataset: Any) -> None:
+    """RecBole fails deep inside torch when there are fewer items than the longest list."""
+    longest = max(config["topk"])
+    if config["eval_candidates"] == "full" and dataset.item_num <= longest:
+        raise UserError(
+            f"topk: {config['dataset']} has only {dataset.item_num - 1} items after filtering, "
+            f"fewer than the {longest} of the longest list: set a shorter topk."
+        )
 
 
 def dataset_is_sequential(config: MMConfig) -> bool:
@@ -298,7 +311,7 @@ def _result(
         "peak_memory_mb": _peak_memory_mb(config["device"]),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "device": _device_name(config["device"]),
-        "config_hash": config.hash(),
+        "config_hash": place.state["config_hash"],
         "config": config.settings(),
         "versions": _versions(),
         "git_commit": _git_commit(),

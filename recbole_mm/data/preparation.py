@@ -98,13 +98,12 @@ def _prefix_loader(config: Any, dataset: Dataset, part: Dataset, sampler: Any) -
     if config["MODEL_TYPE"] != ModelType.KNOWLEDGE:
         return loader(config, part, sampler, shuffle=config["shuffle"])
     args = config["train_neg_sample_args"]
-    return loader(
-        config,
-        part,
-        sampler,
-        KGSampler(dataset, args["distribution"], args["alpha"]),
-        shuffle=True,
-    )
+    kg_sampler = KGSampler(dataset, args["distribution"], args["alpha"])
+    both = loader(config, part, sampler, kg_sampler, shuffle=True)
+    # RecBole's pair of loaders has two generators, and none of its own to save and restore.
+    both.generator = both.general_dataloader.generator
+    both.kg_dataloader.generator = both.kg_dataloader.sampler.generator = both.generator
+    return both
 
 
 def _whole_loader(config: Any, part: Any) -> WholeTrainLoader:

@@ -164,7 +164,6 @@ def _card(checkpoint: Checkpoint) -> str:
 
 
 # --- RecBole's `other_parameter`: what a model needs beside its weights
-# ------------------------------
 
 
 def pack_other(parameters: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -225,7 +224,6 @@ def _unpack_sparse(tensors: Mapping[str, Tensor], prefix: str) -> Any:
 
 
 # --- the random state of a run
-# ----------------------------------------------------------------------
 
 
 def random_state() -> dict[str, Any]:

@@ -166,7 +166,6 @@ class StageLoop:
         self.rows = stage.valid_rows(trainer.context)
 
     # --- the loop
-    # ----------------------------------------------------------------------------------
     def run(self) -> None:
         """Trains to the end of the stage, from where an earlier attempt was saved."""
         self._go_on()
@@ -252,7 +251,6 @@ class StageLoop:
             position.stopped = position.stopped or "epochs"
 
     # --- validation and early stopping
-    # -------------------------------------------------------------
     def _validate(self) -> None:
         if self.position.validated_step == self.position.step:
             return
@@ -300,7 +298,6 @@ class StageLoop:
             )
 
     # --- saving and going on
-    # -----------------------------------------------------------------------
     def _save_last(self) -> None:
         self._save(
             "last",
@@ -351,7 +348,6 @@ class StageLoop:
         )
 
     # --- learning rate
-    # -----------------------------------------------------------------------------
     def _lr_factor(self, step: int) -> float:
         settings = self.settings
         if step < settings.warmup_steps:

@@ -56,7 +56,6 @@ class ZooMixin(EvaluationMixin):
         return self.run.folder / STAGE / name
 
     # --- RecBole's hooks
-    # ---------------------------------------------------------------------------
     def _train_epoch(
         self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
     ) -> Any:
@@ -99,7 +98,6 @@ class ZooMixin(EvaluationMixin):
         return self.all_results["labeled"]
 
     # --- saving and going on
-    # -----------------------------------------------------------------------
     def finish(self, epochs: int) -> None:
         """Writes the stage's record once `fit` has returned."""
         seconds = self._seconds_before + time.perf_counter() - self._started

@@ -13,6 +13,7 @@ from recbole.data.dataloader import TrainDataLoader, UserDataLoader
 from recbole.data.dataloader.knowledge_dataloader import KnowledgeBasedDataLoader
 from recbole.data.utils import data_preparation as recboles_preparation
 from recbole.model.sequential_recommender import SASRec
+from recbole.utils import KGDataLoaderState
 
 from recbole_mm.data.dataset import (
     MMDataset,
@@ -112,7 +113,19 @@ def test_knowledge_loader() -> None:
             "link": ["item_id", "entity_id"],
         },
     )
-    assert isinstance(prepared(config)[0], KnowledgeBasedDataLoader)
+    train = prepared(config)[0]
+    assert isinstance(train, KnowledgeBasedDataLoader)
+    train.set_mode(KGDataLoaderState.RSKG)
+
+    def epoch() -> list[list[int]]:
+        return [[*b["item_id"].tolist(), *b["tail_id"].tolist()] for b in train]
+
+    epoch()
+    state = train.generator.get_state()  # one state stands for both of its loaders
+    second = epoch()
+    train.generator.set_state(state)
+    assert epoch() == second
+    assert epoch() != second
 
 
 # --- whole sequences ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -58,8 +59,13 @@ def write_jsonl(path: Path, header: list[str], rows: list[list[Any]]) -> Path:
     return path
 
 
+def need_pyarrow() -> Any:
+    """The package, or a skip where it is absent or too new for numpy 1."""
+    return pytest.importorskip("pyarrow", reason="needs [parquet]", exc_type=ImportError)
+
+
 def write_parquet(path: Path, header: list[str], rows: list[list[Any]]) -> Path:
-    pa = pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+    pa = need_pyarrow()
     from pyarrow import parquet
 
     columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
@@ -561,7 +567,7 @@ def test_a_mistake_in_columns_is_one_sentence(
 )
 def test_a_file_that_is_no_table(name: str, content: bytes, sentence: str, tmp_path: Path) -> None:
     if name.endswith("parquet"):
-        pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+        need_pyarrow()
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=sentence):
         read(tmp_path / name)
@@ -570,7 +576,7 @@ def test_a_file_that_is_no_table(name: str, content: bytes, sentence: str, tmp_p
 def test_without_pyarrow_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"pip install 'recbole-mm\[parquet\]'"):
         read(tmp_path / "t.parquet")
@@ -584,7 +590,7 @@ def test_lines_of_windows_in_tsv(tmp_path: Path) -> None:
 
 
 def test_parquet_types(tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+    pa = need_pyarrow()
     from datetime import datetime
 
     from pyarrow import parquet

@@ -298,7 +298,7 @@ class Stop(Exception):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize("model", ["MultiVAE", "RaCT", "NCL", "DiffRec", "RecVAE", "S3Rec"])
+@pytest.mark.parametrize("model", ["MultiVAE", "RaCT", "NCL", "DiffRec", "RecVAE", "S3Rec", "CKE"])
 def test_a_stopped_run_ends_with_the_same_numbers(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
@@ -307,6 +307,8 @@ def test_a_stopped_run_ends_with_the_same_numbers(
     if not more:
         random_interactions(in_folder / "toy", [6, 9, 12] * 10)
     more |= {"epochs": 5, "user_inter_num_interval": "[1,inf)", "data_path": str(in_folder)}
+    if model == "CKE":
+        more |= entity_files(in_folder / "toy")
     stages: dict[str, dict[str, Any]] = {
         "NCL": {"m_step": 3, "num_clusters": 5, "warm_up_step": 1},
         "RaCT": {"pretrain_epochs": 3},
@@ -339,43 +341,42 @@ def whole_type(model: str) -> Any:
 
 
 # --- every model ---
-def entity_files(folder: Path, interactions: Path) -> None:
-    """A dataset with a generated knowledge graph and entity vectors, for KSR and GRU4RecKG."""
-    rng = np.random.default_rng(0)
-    lines = (interactions / "ml-100k.inter").read_text().splitlines()
-    rows = [line.split("\t") for line in lines[1:]]
-    items = sorted({row[1] for row in rows})
-    name = folder.name
-    write_atomic(folder / f"{name}.inter", lines[0], rows)
-    write_atomic(
-        folder / f"{name}.link", "item_id:token entity_id:token", [[i, f"e{i}"] for i in items]
-    )
-    triples = [[f"e{i}", f"r{rng.integers(4)}", f"e{rng.choice(items)}"] for i in items]
-    write_atomic(folder / f"{name}.kg", "head_id:token relation_id:token tail_id:token", triples)
-
-    def vectors(names: list[str]) -> list[list[str]]:
-        return [[n, " ".join(f"{v:.4f}" for v in rng.normal(size=64))] for n in names]
-
-    write_atomic(
-        folder / f"{name}.ent", "ent_id:token ent_emb:float_seq", vectors([f"e{i}" for i in items])
-    )
-    write_atomic(
-        folder / f"{name}.rel",
-        "rel_id:token rel_emb:float_seq",
-        vectors([f"r{r}" for r in range(4)]),
-    )
+def entity_files(folder: Path) -> dict[str, Any]:
+    """Adds a generated knowledge graph and vectors of its entities; gives the keys that load it."""
+    rng, path = np.random.default_rng(0), folder / folder.name
+    lines = path.with_suffix(".inter").read_text().splitlines()[1:]
+    items = sorted({line.split("\t")[1] for line in lines})
+    entities, relations = [f"e{item}" for item in items], [f"r{r}" for r in range(4)]
+    links = [list(pair) for pair in zip(items, entities, strict=True)]
+    write_atomic(path.with_suffix(".link"), "item_id:token entity_id:token", links)
+    triples = [[e, rng.choice(relations), rng.choice(entities)] for e in entities]
+    header = "head_id:token relation_id:token tail_id:token"
+    write_atomic(path.with_suffix(".kg"), header, triples)
+    for kind, names in (("ent", entities), ("rel", relations)):
+        rows = [[n, " ".join(f"{v:.4f}" for v in rng.normal(size=64))] for n in names]
+        write_atomic(path.with_suffix(f".{kind}"), f"{kind}_id:token {kind}_emb:float_seq", rows)
+    return {"data_path": str(folder.parent)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [*SEQUENTIAL, *GENERAL])
 def test_every_model_trains_evaluates_and_reloads(in_folder: Path, model: str) -> None:
     if model in ("KSR", "GRU4RecKG"):
-        ml_100k = Path(MMConfig("BPR", "ml-100k")["data_path"])
-        entity_files(in_folder / "ml-kg", ml_100k)
-        result = run_and_load(in_folder, model, "ml-kg", data_path=str(in_folder))
+        source = Path(MMConfig("BPR", "ml-100k")["data_path"]) / "ml-100k.inter"
+        (in_folder / "ml-kg").mkdir()
+        (in_folder / "ml-kg" / "ml-kg.inter").write_text(source.read_text())
+        result = run_and_load(in_folder, model, "ml-kg", **entity_files(in_folder / "ml-kg"))
     else:
         result = run_and_load(in_folder, model)
     assert result["test_users"] == 305
+
+
+@pytest.mark.parametrize("model", ["KSR", "GRU4RecKG"])
+def test_entity_models_on_generated_entities(in_folder: Path, model: str) -> None:
+    random_interactions(in_folder / "toy", [6, 9, 12] * 5)
+    more = entity_files(in_folder / "toy") | {"user_inter_num_interval": "[1,inf)"}
+    result = run_and_load(in_folder, model, "toy", **more)
+    assert result["test_users"] == 15
 
 
 def test_entity_models_without_entities_say_what_is_missing(in_folder: Path) -> None:
