@@ -134,11 +134,14 @@ class PromptStyle:
         attributes: keys of an item line in their order; ``image`` is the picture, the others are
             columns of the dataset's text file. What an item lacks is left out of its line.
         max_attr_tokens: budget of each text attribute.
+        label_after: a candidate's letter stands behind its line, not before it. A small model
+            learns to point at a line much sooner when the letter has the line in its past.
     """
 
     instruction: str
     attributes: tuple[str, ...]
     max_attr_tokens: int
+    label_after: bool = False
 
     def fixed_text(self) -> list[str]:
         """Everything a prompt says besides what its items say."""
@@ -187,7 +190,8 @@ class PromptWriter:
         """
         pieces = [self._opening, *(self.line(item) for item in history), self._between]
         for letter, item in zip(letters, candidates, strict=True):
-            pieces += (self._labels[letter], self.line(item))
+            label, line = self._labels[letter], self.line(item)
+            pieces += (line, label) if self.style.label_after else (label, line)
         return join([*pieces, self._closing])
 
     def line(self, item: int) -> Prompt:

@@ -41,7 +41,7 @@ def choose_item_features(config: Any) -> None:
 
 
 def _token_columns(path: Path, separator: str) -> list[str]:
-    """Names of the token and token_seq columns in an atomic file's header, in its order."""
+    """Token and token_seq columns of an atomic file, in its order."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8") as file:
