@@ -256,7 +256,7 @@ class MMConfig(Config):
         config_files: Iterable[str] = (),
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
-        self._files = [str(recipe_or_path(name)) for name in config_files]
+        self._files, self._name = [str(recipe_or_path(name)) for name in config_files], model
         try:
             super().__init__(model, dataset, self._files, dict(overrides or {}))
         except (ValueError, TypeError, NotImplementedError, RuntimeError, AssertionError) as error:
@@ -272,9 +272,12 @@ class MMConfig(Config):
         return _Loader
 
     def _load_config_files(self, file_list: list[str]) -> dict[str, Any]:
+        """Files in their order; `per_model: {SASRec: {...}}` holds what is for one model alone."""
         merged: dict[str, Any] = {}
         for file in file_list:
-            merged.update(read_yaml(Path(file)))
+            content = read_yaml(Path(file))
+            own = (content.pop("per_model", None) or {}).get(self._name) or {}
+            merged.update({**content, **own})
         return merged
 
     def _convert_config_dict(self, config_dict: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ MENDED: dict[str, str] = {
         name: f"recbole_mm.model.zoo:{name}"
         for name in (
             *("DiffRec", "GRU4Rec", "KSR", "LDiffRec", "MacridVAE"),
-            *("MultiVAE", "RaCT", "Random", "S3Rec", "SASRec"),
+            *("MultiVAE", "RaCT", "Random", "RippleNet", "S3Rec", "SASRec"),
         )
     },
 }

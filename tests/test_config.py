@@ -44,6 +44,16 @@ def test_precedence_of_layers(tmp_path: Path) -> None:
     assert mixed["learning_rate"] == 0.01
 
 
+def test_a_recipe_may_hold_keys_of_one_model(tmp_path: Path) -> None:
+    file = tmp_path / "table.yaml"
+    file.write_text("epochs: 7\nper_model:\n  SASRec: {train_mode: whole}\n")
+    assert MMConfig("SASRec", "ml-100k", [str(file)])["train_mode"] == "whole"
+    assert MMConfig("BERT4Rec", "ml-100k", [str(file)])["train_mode"] == "prefix"
+    file.write_text("per_model:\n  SASRec: {train_mod: whole}\n")
+    with pytest.raises(UserError, match="no key 'train_mod'"):
+        MMConfig("SASRec", "ml-100k", [str(file)])
+
+
 def test_backbone_settings_stand_between_model_and_dataset() -> None:
     model = read_yaml(properties_dir() / "model" / "PRIME.yaml")
     tiny = MMConfig("PRIME", "ml-100k", overrides={"backbone": "tiny"})

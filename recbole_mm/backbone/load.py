@@ -241,6 +241,7 @@ def _attention(spec: BackboneSpec) -> str:
 
 
 def _pretrained(spec: BackboneSpec) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
     where: dict[str, Any] = {
@@ -254,9 +255,19 @@ def _pretrained(spec: BackboneSpec) -> tuple[Any, Any]:
     if spec.quantize == "nf4":
         settings["quantization_config"] = _nf4(spec)
     try:
-        model = Qwen2VLForConditionalGeneration.from_pretrained(spec.model, **where, **settings)
+        model, found = Qwen2VLForConditionalGeneration.from_pretrained(
+            spec.model,
+            **where,
+            **settings,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        # transformers fills these with random numbers
+        if lost := [*found["missing_keys"], *found["mismatched_keys"]]:
+            raise ValueError(f"no weights of {lost[0]}")
         tokenizer = AutoTokenizer.from_pretrained(spec.model, **where)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"The weights of backbone '{spec.name}' ({spec.model}) are neither cached nor "
             "reachable, or are incomplete: choose --backbone=tiny, which needs none, or "

@@ -134,14 +134,11 @@ class PromptStyle:
         attributes: keys of an item line in their order; ``image`` is the picture, the others are
             columns of the dataset's text file. What an item lacks is left out of its line.
         max_attr_tokens: budget of each text attribute.
-        label_after: a candidate's letter stands behind its line, not before it. A small model
-            learns to point at a line much sooner when the letter has the line in its past.
     """
 
     instruction: str
     attributes: tuple[str, ...]
     max_attr_tokens: int
-    label_after: bool = False
 
     def fixed_text(self) -> list[str]:
         """Everything a prompt says besides what its items say."""
@@ -178,20 +175,16 @@ class PromptWriter:
         self._closing = self._trusted(family.chat_tail)
         self._labels = [self._trusted(f"({letter})") for letter in letters]
 
-    def write(
-        self, history: Iterable[int], candidates: Sequence[int], letters: Iterable[int]
-    ) -> Prompt:
+    def write(self, history: Iterable[int], candidates: Sequence[int]) -> Prompt:
         """The prompt that asks which of the candidates comes after the history.
 
         Args:
             history: item ids, oldest first.
-            candidates: item ids.
-            letters: the place in the alphabet of each candidate's letter.
+            candidates: item ids, at most one a letter.
         """
         pieces = [self._opening, *(self.line(item) for item in history), self._between]
-        for letter, item in zip(letters, candidates, strict=True):
-            label, line = self._labels[letter], self.line(item)
-            pieces += (line, label) if self.style.label_after else (label, line)
+        for label, item in zip(self._labels[: len(candidates)], candidates, strict=True):
+            pieces += (label, self.line(item))
         return join([*pieces, self._closing])
 
     def line(self, item: int) -> Prompt:

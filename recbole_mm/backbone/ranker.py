@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recbole_mm.backbone.batch import PromptBatch, by_length, collate
+from recbole_mm.backbone.batch import by_length, collate
 from recbole_mm.backbone.load import Backbone, BackboneSpec, load_backbone
 from recbole_mm.backbone.prompt import Prompt, PromptStyle, PromptWriter, join, text_piece
 from recbole_mm.backbone.verbalizer import Verbalizer
@@ -55,41 +55,31 @@ class LetterRanker(nn.Module):
         self.writer, self.verbalizer = writer, verbalizer
         self.supervise, self.max_tokens = supervise, max_tokens
 
-    def loss(
-        self,
-        histories: Sequence[Ints],
-        candidates: Ints,
-        places: Ints,
-        letters: Sequence[int] | None = None,
-    ) -> Tensor:
+    def loss(self, histories: Sequence[Ints], candidates: Ints, places: Ints) -> Tensor:
         """Mean cross entropy of the labels' letters.
 
         Args:
             histories: item ids, oldest first. B arrays.
             candidates: item ids, in the order of their letters. Shape: (B, K).
             places: place of the label in each row. Shape: (B,).
-            letters: place in the alphabet of each column's letter; None: A, B, C …
 
         Returns:
             Shape: ().
         """
-        self.forget()
-        letters = range(candidates.shape[1]) if letters is None else letters
-        prompts = self._write(histories, candidates, letters)
+        prompts = self._write(histories, candidates)
         if self.supervise == "letter":
-            logits = self._letters(self._collate(prompts), letters)  # (B, K)
+            logits = self._letters(prompts, candidates.shape[1])  # (B, K)
             return F.cross_entropy(logits, torch.as_tensor(places, device=logits.device))
-        return self._whole_vocabulary(prompts, [letters[place] for place in places])
+        return self._whole_vocabulary(prompts, [self.verbalizer.ids[place] for place in places])
 
-    def _whole_vocabulary(self, prompts: Sequence[Prompt], letters: Sequence[int]) -> Tensor:
-        """Mean cross entropy of the letter and of the end of the answer."""
-        answers = [self.verbalizer.ids[letter] for letter in letters]
+    def _whole_vocabulary(self, prompts: Sequence[Prompt], answers: Sequence[int]) -> Tensor:
+        """Mean cross entropy of the letters' tokens and of the end of the answer."""
         axes = self.backbone.family.axes
         answered = [
             join([prompt, text_piece([answer], axes)])
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        hidden = self.backbone.hidden(self._collate(answered), self.images, positions=2)
+        hidden = self._hidden(answered, positions=2)
         logits = self.backbone.head(hidden).float()  # (B, 2, vocabulary)
         ends = [self.verbalizer.end_id] * len(answers)
         targets = torch.tensor([answers, ends], device=logits.device).T  # (B, 2)
@@ -106,33 +96,31 @@ class LetterRanker(nn.Module):
         Returns:
             Shape: (B, K).
         """
-        letters = range(candidates.shape[1])
-        prompts = self._write(histories, candidates, letters)
+        prompts = self._write(histories, candidates)
         out = torch.empty(candidates.shape)
         lengths = [len(prompt) for prompt in prompts]
         for rows in by_length(lengths, self.max_tokens):
-            batch = self._collate([prompts[row] for row in rows])
-            out[rows] = self._letters(batch, letters).log_softmax(dim=1).cpu()
+            logits = self._letters([prompts[row] for row in rows], candidates.shape[1])
+            out[rows] = logits.log_softmax(dim=1).cpu()
         return out
 
     def forget(self) -> None:
         """To be called when weights have changed: drops what was computed with the old ones."""
         self.images.forget()
 
-    def _write(
-        self, histories: Sequence[Ints], candidates: Ints, letters: Sequence[int]
-    ) -> list[Prompt]:
+    def _write(self, histories: Sequence[Ints], candidates: Ints) -> list[Prompt]:
         return [
-            self.writer.write(history.tolist(), row.tolist(), letters)
+            self.writer.write(history.tolist(), row.tolist())
             for history, row in zip(histories, candidates, strict=True)
         ]
 
-    def _collate(self, prompts: Sequence[Prompt]) -> PromptBatch:
-        return collate(prompts, self.backbone.pad_id)
+    def _hidden(self, prompts: Sequence[Prompt], positions: int) -> Tensor:
+        batch = collate(prompts, self.backbone.pad_id)
+        return self.backbone.hidden(batch, self.images, positions)  # (B, positions, D)
 
-    def _letters(self, batch: PromptBatch, letters: Sequence[int]) -> Tensor:
-        hidden = self.backbone.hidden(batch, self.images)[:, 0]  # (B, D)
-        return self.verbalizer.logits(hidden, self.backbone.head, letters)
+    def _letters(self, prompts: Sequence[Prompt], count: int) -> Tensor:
+        hidden = self._hidden(prompts, positions=1)[:, 0]  # (B, D)
+        return self.verbalizer.logits(hidden, self.backbone.head, count)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ begins; the logits of the whole vocabulary are never made.
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,18 +47,18 @@ class Verbalizer:
         self.ids = [tokens[0] for tokens in ids]
         self.end_id = encoder.trusted(answer_end)[0]
 
-    def logits(self, hidden: Tensor, head: nn.Module, letters: Sequence[int]) -> Tensor:
+    def logits(self, hidden: Tensor, head: nn.Module, count: int) -> Tensor:
         """Letter logits in fp32.
 
         Args:
             hidden: final hidden state where the answer begins. Shape: (B, D).
             head: the language model head, a Linear of the whole vocabulary.
-            letters: places in the alphabet of the letters to read. K numbers.
+            count: K, the number of letters to read.
 
         Returns:
             Shape: (B, K).
         """
         layer: Any = head
-        rows = torch.as_tensor([self.ids[letter] for letter in letters], device=hidden.device)
+        rows = torch.as_tensor(self.ids[:count], device=hidden.device)
         bias = None if layer.bias is None else layer.bias[rows].float()
         return F.linear(hidden.float(), layer.weight[rows].float(), bias)  # (B, K)

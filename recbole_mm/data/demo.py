@@ -1,14 +1,10 @@
 """The demo dataset `mm-demo`: purchases that follow what only the pictures show.
 
 Products stand on shelves, and a user mostly stays on a shelf or goes on to the next: that is what
-item
-ids tell. At first users take whatever comes to hand; then they grow choosy and buy by the *look*,
-which
-is drawn in a product's picture and written nowhere else: one look appeals to everybody, and each
-user
-has a favourite besides. A product is bought a few times, mostly by chance, so that ids hardly know
-which
-ones appeal.
+item ids tell. At first users take almost anything; then they grow choosy and buy by the *look*,
+which is drawn in a product's picture and written nowhere else: one look appeals to everybody, and
+each user has a favourite besides. A product is bought a few times, mostly by chance, so that ids
+hardly know which ones appeal.
 """
 
 from __future__ import annotations
@@ -36,8 +32,9 @@ class Sizes:
     users: int = 1000
     shelves: int = 80
     items_a_shelf: int = 24
-    casual: int = 6  # a user's first purchases, whatever their looks
+    casual: tuple[int, int] = (3, 6)  # fewest and most of a user's first purchases
     choosy: int = 3  # purchases after those: the last two validate and test
+    shy: float = 0.5  # how many times more a casual user buys a product of the appealing look
     appeal: float = 60.0  # how many times more a choosy user buys a product of the appealing look
     taste: float = 1.5  # the same, for the user's favourite look
     stay: float = 0.65  # chance that the next purchase is from the same shelf
@@ -69,18 +66,18 @@ def make_catalogue(sizes: Sizes, rng: np.random.Generator) -> Catalogue:
 
 def make_purchases(catalogue: Catalogue, sizes: Sizes, rng: np.random.Generator) -> list[list[int]]:
     """Every user's products, oldest first, none twice."""
-    weights = np.where(catalogue.appealing, sizes.appeal, 1.0)
-    return [_one_user(catalogue, weights, sizes, rng) for _ in range(sizes.users)]
+    return [_one_user(catalogue, sizes, rng) for _ in range(sizes.users)]
 
 
-def _one_user(
-    catalogue: Catalogue, weights: NDArray[np.float64], sizes: Sizes, rng: np.random.Generator
-) -> list[int]:
+def _one_user(catalogue: Catalogue, sizes: Sizes, rng: np.random.Generator) -> list[int]:
     favourite = rng.integers(len(LOOKS))
-    weights = weights * np.where(catalogue.look == favourite, sizes.taste, 1.0)
+    choosy = np.where(catalogue.appealing, sizes.appeal, 1.0)
+    choosy *= np.where(catalogue.look == favourite, sizes.taste, 1.0)
+    casual = np.where(catalogue.appealing, sizes.shy, 1.0)
     shelf = int(rng.integers(sizes.shelves))
     bought: list[int] = []
-    for place in range(sizes.casual + sizes.choosy):
+    first = int(rng.integers(sizes.casual[0], sizes.casual[1] + 1))
+    for place in range(first + sizes.choosy):
         move = rng.uniform()
         if move > sizes.stay + sizes.follow:
             shelf = int(rng.integers(sizes.shelves))
@@ -88,7 +85,7 @@ def _one_user(
             shelf = (shelf + 1) % sizes.shelves
         free = np.flatnonzero(catalogue.shelf == shelf)
         free = free[~np.isin(free, bought)]
-        wanted = weights[free] if place >= sizes.casual else np.ones(len(free))
+        wanted = (choosy if place >= first else casual)[free]
         bought.append(int(rng.choice(free, p=wanted / wanted.sum())))
     return bought
 

@@ -32,8 +32,8 @@ def choose_item_features(config: Any) -> None:
     features = [name for name in columns if name != final["ITEM_ID_FIELD"]]
     if not features:
         raise UserError(
-            f"{config['model']} needs item features, and {path} has no token column beside the item's "
-            "id: add one (categories:token_seq, say), or take a model without features."
+            f"{config['model']} needs item features, and {path} has no token column beside the "
+            "item's id: add one (categories:token_seq, say), or take a model without features."
         )
     values = {"selected_features": features, "item_attribute": features[0]}
     final.update({key: values[key] for key in wanted})

@@ -178,7 +178,7 @@ class LRURec(SequentialRecommender):
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         _check(config)
-        self.train_mode: str = config["train_mode"] or "whole"
+        self.train_mode: str = config["train_mode"]
         self.batch_size: int = config["train_batch_size"]
         self.seed: int = config["seed"]
         self.length_buckets: bool = config["length_buckets"]
@@ -325,8 +325,8 @@ def _check(config: Any) -> None:
         raise UserError(
             f"train_mode is {config['train_mode']}: for LRURec set it to whole or prefix."
         )
-    if not 0 <= config["r_min"] < config["r_max"] <= 1:
+    if not 0 <= config["r_min"] < config["r_max"] < 1:
         raise UserError(
             f"r_min is {config['r_min']} and r_max {config['r_max']}: they bound the initial "
-            "decay, so set 0 <= r_min < r_max <= 1."
+            "decay, so set 0 <= r_min < r_max < 1."
         )

@@ -214,7 +214,7 @@ def _attributes(config: Any, content: Any) -> tuple[str, ...]:
     has = {*content.attributes, "image"}
     found = tuple(name for name in config["attributes"] if name in has)
     pictured = any(content.image_paths(item) for item in range(len(content.item_tokens)))
-    if not pictured and found in ((), ("image",)):
+    if not found or (found == ("image",) and not pictured):
         raise UserError(
             f"PRIME's ranker reads {', '.join(config['attributes'])}, but {content.path('text')} "
             f"and {content.path('image')} have none of them: set attributes to columns they have."

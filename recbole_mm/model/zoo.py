@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from recbole.data.interaction import Interaction
 from recbole.model import general_recommender as general
+from recbole.model import knowledge_aware_recommender as knowledge
 from recbole.model import sequential_recommender as sequential
 from recbole.model.loss import BPRLoss
 from torch import Tensor, nn
@@ -181,6 +182,14 @@ class RaCT(_Counters, general.RaCT):
         critic = stage == "critic_pretrain"
         for name, parameter in self.named_parameters():
             parameter.requires_grad = name.startswith("critic_net") == critic
+
+
+class RippleNet(knowledge.RippleNet):
+    """Wang et al., RippleNet, CIKM 2018; its sampled ripple sets are drawn again from the seed."""
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        self.other_parameter_name: list[str] = []  # RecBole pickles the sets
 
 
 class DiffRec(general.DiffRec):

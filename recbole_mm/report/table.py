@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_EPOCHS_CUT = {"epochs": "all epochs", "steps": "all steps", "patience": "early stop"}
+_EPOCHS_CUT = {
+    "epochs": "all epochs",
+    "steps": "all steps",
+    "patience": "early stop",
+    "time": "time up",
+}
 
 
 def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -51,7 +51,7 @@ class Position:
     validated_step: int = -1
     best_valid_result: dict[str, float] = field(default_factory=dict)
     without_better: int = 0  # validations in a row
-    stopped: str = ""  # why training ended: "epochs", "steps", "patience"
+    stopped: str = ""  # why training ended: "epochs", "steps", "patience", "time"
     epoch_loss: float = 0.0
     seconds: float = 0.0
 
@@ -267,6 +267,8 @@ class StageLoop:
         seconds = time.perf_counter() - started
         self.position.seconds += seconds
         self._report(score, result, seconds)
+        if 0 < 60 * (self.trainer.config["max_minutes"] or 0) < self.position.seconds:
+            self.position.stopped = self.position.stopped or "time"
         self._save_last()
 
     def _judge(self, score: float, result: Result) -> None:

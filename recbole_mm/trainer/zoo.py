@@ -32,6 +32,10 @@ from recbole_mm.trainer.run import Run
 STAGE = "train"  # the name of a zoo model's only stage in the run's folder and result
 
 
+class TimeUpError(Exception):
+    """Ends RecBole's `fit` between two epochs: `max_minutes` have passed."""
+
+
 class ZooMixin(EvaluationMixin):
     """Put before one of RecBole's trainer classes by `zoo_trainer`."""
 
@@ -41,6 +45,8 @@ class ZooMixin(EvaluationMixin):
     logger: logging.Logger  # this and the next two are RecBole's
     optimizer: Any
     epochs: int
+    best_valid_score: Any
+    best_valid_result: Any
 
     def start(self, run: Run, train_data: Any) -> None:
         """Tells the trainer where to save, and takes up what an earlier attempt left there."""
@@ -63,7 +69,19 @@ class ZooMixin(EvaluationMixin):
         saved."""
         if epoch_idx > self.start_epoch:
             self._save_last(epoch_idx - 1)
+            if 0 < 60 * self.config["max_minutes"] < self._seconds():
+                raise TimeUpError
         return super()._train_epoch(train_data, epoch_idx, loss_func, show_progress)  # type: ignore[misc]
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """RecBole's, ended early when the time is up."""
+        self.time_up = False
+        try:
+            return super().fit(*args, **kwargs)  # type: ignore[misc]
+        except TimeUpError:
+            self.time_up = True
+            self.logger.info(f"Finished training, {self.config['max_minutes']} minutes are up")
+            return self.best_valid_score, self.best_valid_result
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **_: Any) -> None:
         self._write("best", epoch, optimizer=None)
@@ -100,16 +118,19 @@ class ZooMixin(EvaluationMixin):
     # --- saving and going on
     def finish(self, epochs: int) -> None:
         """Writes the stage's record once `fit` has returned."""
-        seconds = self._seconds_before + time.perf_counter() - self._started
-        stopped = "epochs" if epochs >= self.epochs else "patience"
-        self.run.record(STAGE, epochs=epochs, seconds=round(seconds, 2), stopped=stopped, done=True)
+        stopped = "epochs" if epochs >= self.epochs else "time" if self.time_up else "patience"
+        seconds = round(self._seconds(), 2)
+        self.run.record(STAGE, epochs=epochs, seconds=seconds, stopped=stopped, done=True)
+
+    def _seconds(self) -> float:
+        """Spent on this run so far, before a resume too."""
+        return self._seconds_before + time.perf_counter() - self._started
 
     def _save_last(self, epoch: int) -> None:
         optimizer = {"optimizer": self.optimizer.state_dict(), "random": random_state()}
         optimizer["loader"] = self.train_data.generator.get_state()
         self._write("last", epoch, optimizer)
-        seconds = self._seconds_before + time.perf_counter() - self._started
-        self.run.record(STAGE, epochs=epoch + 1, seconds=round(seconds, 2))
+        self.run.record(STAGE, epochs=epoch + 1, seconds=round(self._seconds(), 2))
 
     def _write(self, name: str, epoch: int, optimizer: dict[str, Any] | None) -> None:
         tensors = {**self.model.state_dict(), **pack_other(self.model.other_parameter())}
