@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,6 @@ from recbole_mm.data.images import BadImageError, decode, open_header, read_byte
 
 _TYPES = {"user_id": "token", "item_id": "token", "timestamp": "float", "rating": "float"}
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
-_PLAIN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -156,13 +154,13 @@ def _copy_images(
 
 
 def _free_name(item: str, suffix: str, taken: set[str]) -> str:
-    """A file name that is safe on any system, and free even where case does not count."""
-    stem = item if _PLAIN.fullmatch(item) else sha256(item.encode()).hexdigest()[:16]
+    """A free file name by a digest of the item: an id may be a path, a device, or endless."""
+    stem = sha256(item.encode()).hexdigest()[:16]
     name, number = f"{stem}.{suffix}", 1
-    while name.lower() in taken:
+    while name in taken:
         number += 1
         name = f"{stem}-{number}.{suffix}"
-    taken.add(name.lower())
+    taken.add(name)
     return name
 
 

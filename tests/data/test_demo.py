@@ -98,20 +98,18 @@ def test_recbole_can_read_the_item_file(world: World) -> None:
     assert not frame.isna().any(axis=None)
 
 
-def small(folder: Path, **options: object) -> dict[str, bytes]:
-    """A small demo's files, with names that do not tell the dataset's."""
-    options = {"sizes": FEW, "seed": 1, **options}
-    make_demo(folder, **options)  # type: ignore[arg-type]
+def contents(folder: Path) -> dict[str, bytes]:
+    """A dataset's files, with names that do not tell the dataset's."""
     return {
-        path.relative_to(folder).as_posix().replace(folder.name, "D"): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
+        path.relative_to(folder).as_posix().replace(f"{folder.name}.", "D."): path.read_bytes()
+        for path in folder.rglob("*")
         if path.is_file()
     }
 
 
 @pytest.fixture
 def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures of one pixel row, whose drawing takes no time; they show look and outline."""
+    """Three bytes in place of each picture: drawing thousands takes time."""
 
     def draw(look: int, outline: int, rng: np.random.Generator) -> bytes:
         return bytes([look, outline, int(rng.integers(256))])
@@ -121,17 +119,18 @@ def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick_pictures")
 def test_the_seed_decides_everything(tmp_path: Path) -> None:
-    first = small(tmp_path / "a")
-    assert small(tmp_path / "b") == first
-    other = small(tmp_path / "c", seed=2)
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        make_demo(tmp_path / name, seed=seed, sizes=FEW)
+    first, again, other = (contents(tmp_path / name) for name in ("first", "again", "other"))
+    assert first == again
     assert all(other[f"D.{suffix}"] != first[f"D.{suffix}"] for suffix in ("inter", "text"))
 
 
 @pytest.mark.usefixtures("quick_pictures")
 def test_it_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small(tmp_path / "d")
+    make_demo(tmp_path / "d", sizes=FEW)
     with pytest.raises(UserError, match="exists already"):
-        small(tmp_path / "d")
+        make_demo(tmp_path / "d", sizes=FEW)
     drawn = iter(range(100))
 
     def fails(*_: object) -> bytes:
@@ -139,7 +138,7 @@ def test_it_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(demo, "draw_product", fails)
     with pytest.raises(StopIteration):
-        small(tmp_path / "e")
+        make_demo(tmp_path / "e", sizes=FEW)
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
@@ -151,14 +150,6 @@ def test_permuting_moves_pictures_and_nothing_else(world: World) -> None:
     }
     assert sorted(plain[name] for name in images) == sorted(permuted[name] for name in images)
     assert sum(plain[name] == permuted[name] for name in images) < 0.01 * len(images)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix().replace(folder.name, "D"): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 # ---------------------------------------------------------------- where the signal is not
@@ -319,18 +310,17 @@ def test_ids_know_little_of_appeal(world: World) -> None:
     assert roc_auc_score(hot, sales + rng.uniform(0, 0.5, len(hot))) < 0.85
 
 
-def test_favourite_looks_show_in_a_users_purchases(world: World) -> None:
-    """Plain purchases of one user share a look more often than those of two users."""
-    look = world.catalogue.look
-    plain = [
-        [look[item] for item in items[-3:] if not world.catalogue.appealing[item]]
-        for items in world.purchases
-    ]
-    pairs = [looks for looks in plain if len(looks) > 1]
-    same = np.mean([looks[0] == looks[1] for looks in pairs])
-    first = np.bincount([looks[0] for looks in pairs], minlength=len(LOOKS)) / len(pairs)
-    second = np.bincount([looks[1] for looks in pairs], minlength=len(LOOKS)) / len(pairs)
-    assert same > first @ second
+def test_users_keep_to_their_favourite_look() -> None:
+    def shared(taste: float) -> float:
+        """How often the last two purchases of a user have the same look."""
+        sizes, rng = replace(Sizes(), taste=taste, appeal=1.0), np.random.default_rng(0)
+        catalogue = make_catalogue(sizes, rng)
+        last = np.array([items[-2:] for items in make_purchases(catalogue, sizes, rng)])
+        looks = catalogue.look[last]  # (users, 2)
+        return float((looks[:, 0] == looks[:, 1]).mean())
+
+    assert shared(taste=1.0) < 0.25
+    assert shared(taste=20.0) > 0.45
 
 
 @pytest.mark.slow
