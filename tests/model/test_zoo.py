@@ -35,23 +35,13 @@ SEQUENTIAL = (
     *("SRGNN", "STAMP", "TransRec"),
 )
 GENERAL = (
-    *(
-        "ADMMSLIM",
-        "AsymKNN",
-        "BPR",
-        "CDAE",
-        "ConvNCF",
-        "DGCF",
-        "DMF",
-        "DiffRec",
-        "EASE",
-        "ENMF",
-        "FISM",
-    ),
-    *("GCMC", "ItemKNN", "LDiffRec", "LINE", "LightGCN", "MacridVAE", "MultiDAE", "MultiVAE"),
-    *("NAIS", "NCEPLRec", "NCL", "NGCF", "NNCF", "NeuMF", "Pop", "RaCT", "Random", "RecVAE"),
-    *("SGL", "SLIMElastic", "SimpleX", "SpectralCF"),
+    *("ADMMSLIM", "AsymKNN", "BPR", "CDAE", "ConvNCF", "DGCF", "DMF", "DiffRec"),
+    *("EASE", "ENMF", "FISM", "GCMC", "ItemKNN", "LDiffRec", "LINE", "LightGCN"),
+    *("MacridVAE", "MultiDAE", "MultiVAE", "NAIS", "NCEPLRec", "NCL", "NGCF", "NNCF"),
+    *("NeuMF", "Pop", "RaCT", "Random", "RecVAE", "SGL", "SLIMElastic", "SimpleX"),
+    *("SpectralCF",),
 )
+
 # No full sort: they score every pair of user and item, which takes DIEN an hour for all users.
 PAIRWISE = ("ConvNCF", "DIEN", "DIN")
 SMALLER = {name: {"limit_users": 60, "MAX_ITEM_LIST_LENGTH": 20} for name in PAIRWISE}
