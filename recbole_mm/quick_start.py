@@ -212,7 +212,15 @@ def build_model(config: MMConfig, data: Data) -> Any:
     from recbole.utils import init_seed
 
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
-    return config.model_class(config, data.train._dataset).to(config["device"])
+    try:
+        return config.model_class(config, data.train._dataset).to(config["device"])
+    except (ImportError, AttributeError) as error:
+        if not registry.is_zoo(config["model"]):
+            raise
+        raise UserError(
+            f"RecBole's {config['model']} cannot be built here ({error}): "
+            "docs/zoo.md says what it needs."
+        ) from error
 
 
 def is_staged(model: Any) -> bool:

@@ -67,7 +67,8 @@ def _zoo_class_name(module_path: str) -> str:
         module = importlib.import_module(module_path)
     except ImportError:  # a model whose extra package is not installed
         return stem
-    return next((name for name in vars(module) if name.lower() == stem), stem)
+    members = vars(module).items()
+    return next((k for k, v in members if k.lower() == stem and isinstance(v, type)), stem)
 
 
 def is_zoo(name: str) -> bool:

@@ -23,7 +23,9 @@ from tqdm import tqdm
 from recbole_mm.data.candidates import candidate_metrics
 
 Result = dict[str, float]
-_ROWS_AT_ONCE = 1 << 18  # (user, item) pairs given to a model that can only score pairs
+_ROWS_AT_ONCE = (
+    1 << 12
+)  # (user, item) pairs given to a model that only scores pairs: DIN's take much
 
 
 class FullRanking:
