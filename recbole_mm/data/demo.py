@@ -1,10 +1,12 @@
 """The demo dataset `mm-demo`: purchases that follow what only the pictures show.
 
-Products stand on shelves, and a user mostly stays on a shelf or goes on to the next: that is what
-item ids tell. At first users take almost anything; then they grow choosy and buy by the *look*,
-which is drawn in a product's picture and written nowhere else: one look appeals to everybody, and
-each user has a favourite besides. A product is bought a few times, mostly by chance, so that ids
-hardly know which ones appeal.
+Products stand on shelves, and shelves form rings: a user's next purchase is mostly from the next
+shelf of the ring, which is what item ids tell. What a user takes from a shelf is decided by the
+*look*, which is drawn in a product's picture and written nowhere else: one look appeals to
+everybody, and each user has a favourite besides. Of each shelf, the *staples* sell all the time.
+The *novelties* have had a few sales on trial, whatever their looks, and their season comes with
+everybody's last two purchases, those that validate and test: ids know that they are on the shelf,
+and not which of them appeal.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ APPEALING = 0  # index into LOOKS
 _NOUNS = ("bowl", "box", "bottle", "tent", "cup", "kite")  # by outline
 _ADJECTIVES = ("calm", "brisk", "plain", "fine", "early", "late", "quiet", "grand", "small", "tall")
 _BRANDS = ("Aro", "Bexley", "Corvin", "Dunmore", "Elva", "Fenwick", "Gora", "Halden")
+_EARLY = 4  # trials are among the first purchases
+_SEASON = 2  # a user's last purchases, when novelties sell
 
 
 @dataclass(frozen=True)
@@ -30,15 +34,16 @@ class Sizes:
     """How much there is, and how strongly looks decide."""
 
     users: int = 1000
-    shelves: int = 80
-    items_a_shelf: int = 24
-    casual: tuple[int, int] = (3, 6)  # fewest and most of a user's first purchases
-    choosy: int = 3  # purchases after those: the last two validate and test
-    shy: float = 0.5  # how many times more a casual user buys a product of the appealing look
-    appeal: float = 60.0  # how many times more a choosy user buys a product of the appealing look
-    taste: float = 1.5  # the same, for the user's favourite look
-    stay: float = 0.65  # chance that the next purchase is from the same shelf
-    follow: float = 0.25  # chance that it is from the next shelf; else from any
+    purchases: tuple[int, int] = (6, 8)  # fewest and most of a user
+    rings: int = 5
+    shelves: int = 8  # of a ring
+    staples: int = 1  # of each look on a shelf, and one more of the appealing look
+    novelties: int = 2  # of each look on a shelf
+    trials: int = 2  # sales of each novelty before its season
+    appeal: float = 40.0  # how many times more a product of the appealing look is bought
+    taste: float = 2.0  # the same, for the user's favourite look
+    stray: float = 0.1  # chance that the next purchase is from any shelf
+    old_hat: float = 0.4  # how many times more a staple is bought in the novelties' season
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Catalogue:
 
     shelf: NDArray[np.int64]
     look: NDArray[np.int64]
+    novel: NDArray[np.bool_]
 
     @property
     def appealing(self) -> NDArray[np.bool_]:
@@ -55,38 +61,80 @@ class Catalogue:
 
 
 def make_catalogue(sizes: Sizes, rng: np.random.Generator) -> Catalogue:
-    """Every shelf has the same number of products of each look, as far as they go round."""
-    n_items = sizes.shelves * sizes.items_a_shelf
-    looks = np.arange(sizes.items_a_shelf) % len(LOOKS)
-    look = np.concatenate([rng.permutation(looks) for _ in range(sizes.shelves)])
-    shelf = np.repeat(np.arange(sizes.shelves), sizes.items_a_shelf)
-    order = rng.permutation(n_items)  # neighbours in id have nothing in common
-    return Catalogue(shelf[order], look[order])
+    """Every shelf has the same products, but for their ids, which are in random order."""
+    looks = np.arange(len(LOOKS))
+    staples = np.append(np.tile(looks, sizes.staples), APPEALING)
+    look = np.append(staples, np.tile(looks, sizes.novelties))
+    n_shelves = sizes.rings * sizes.shelves
+    order = rng.permutation(n_shelves * len(look))
+    shelf = np.repeat(np.arange(n_shelves), len(look))
+    novel = np.tile(np.arange(len(look)) >= len(staples), n_shelves)
+    return Catalogue(shelf[order], np.tile(look, n_shelves)[order], novel[order])
 
 
 def make_purchases(catalogue: Catalogue, sizes: Sizes, rng: np.random.Generator) -> list[list[int]]:
     """Every user's products, oldest first, none twice."""
-    return [_one_user(catalogue, sizes, rng) for _ in range(sizes.users)]
+    walks = [_walk(sizes, rng) for _ in range(sizes.users)]
+    trials = _trials(catalogue, walks, sizes, rng)
+    return [
+        _one_user(catalogue, walk, trials.get(user, {}), sizes, rng)
+        for user, walk in enumerate(walks)
+    ]
 
 
-def _one_user(catalogue: Catalogue, sizes: Sizes, rng: np.random.Generator) -> list[int]:
+def _walk(sizes: Sizes, rng: np.random.Generator) -> list[int]:
+    """The shelves that a user takes from, in order."""
+    n_shelves = sizes.rings * sizes.shelves
+    walk = [int(rng.integers(n_shelves))]
+    length = int(rng.integers(sizes.purchases[0], sizes.purchases[1] + 1))
+    while len(walk) < length:
+        ring, place = divmod(walk[-1], sizes.shelves)
+        on = ring * sizes.shelves + (place + 1) % sizes.shelves
+        walk.append(int(rng.integers(n_shelves)) if rng.uniform() < sizes.stray else on)
+    return walk
+
+
+def _trials(
+    catalogue: Catalogue, walks: list[list[int]], sizes: Sizes, rng: np.random.Generator
+) -> dict[int, dict[int, int]]:
+    """Which novelty is sold on trial, by user and place: each equally often, whatever its look.
+
+    Neither a user's first purchase nor the last before the season, which a ranker learns from.
+    """
+    visits: list[list[tuple[int, int]]] = [[] for _ in range(sizes.rings * sizes.shelves)]
+    for user, walk in enumerate(walks):
+        for place in range(1, min(len(walk) - _SEASON - 1, _EARLY)):
+            visits[walk[place]].append((user, place))
+    trials: dict[int, dict[int, int]] = {}
+    for shelf, places in enumerate(visits):
+        novelties = np.flatnonzero((catalogue.shelf == shelf) & catalogue.novel)
+        wanted = np.tile(novelties, sizes.trials)
+        for item, at in zip(wanted, rng.permutation(len(places)), strict=False):
+            user, place = places[at]
+            trials.setdefault(user, {})[place] = int(item)
+    return trials
+
+
+def _one_user(
+    catalogue: Catalogue,
+    walk: list[int],
+    trials: dict[int, int],
+    sizes: Sizes,
+    rng: np.random.Generator,
+) -> list[int]:
     favourite = rng.integers(len(LOOKS))
-    choosy = np.where(catalogue.appealing, sizes.appeal, 1.0)
-    choosy *= np.where(catalogue.look == favourite, sizes.taste, 1.0)
-    casual = np.where(catalogue.appealing, sizes.shy, 1.0)
-    shelf = int(rng.integers(sizes.shelves))
+    charm = np.where(catalogue.appealing, sizes.appeal, 1.0)
+    charm *= np.where(catalogue.look == favourite, sizes.taste, 1.0)
+    before = charm * ~catalogue.novel
+    season = charm * np.where(catalogue.novel, 1.0, sizes.old_hat)
     bought: list[int] = []
-    first = int(rng.integers(sizes.casual[0], sizes.casual[1] + 1))
-    for place in range(first + sizes.choosy):
-        move = rng.uniform()
-        if move > sizes.stay + sizes.follow:
-            shelf = int(rng.integers(sizes.shelves))
-        elif move > sizes.stay:
-            shelf = (shelf + 1) % sizes.shelves
-        free = np.flatnonzero(catalogue.shelf == shelf)
-        free = free[~np.isin(free, bought)]
-        wanted = (choosy if place >= first else casual)[free]
-        bought.append(int(rng.choice(free, p=wanted / wanted.sum())))
+    for place, shelf in enumerate(walk):
+        weights = season if place >= len(walk) - _SEASON else before
+        wanted = np.where(catalogue.shelf == shelf, weights, 0.0)
+        wanted[bought] = 0.0
+        drawn = int(rng.choice(len(wanted), p=wanted / wanted.sum()))
+        on_trial = trials.get(place, drawn)
+        bought.append(drawn if on_trial in bought else on_trial)
     return bought
 
 
