@@ -1,12 +1,12 @@
 """The demo dataset `mm-demo`: purchases that follow what only the pictures show.
 
-Products stand on shelves, and shelves form rings: a user's next purchase is mostly from the next
-shelf of the ring, which is what item ids tell. What a user takes from a shelf is decided by the
-*look*, which is drawn in a product's picture and written nowhere else: one look appeals to
-everybody, and each user has a favourite besides. Of each shelf, the *staples* sell all the time.
-The *novelties* have had a few sales on trial, whatever their looks, and their season comes with
-everybody's last two purchases, those that validate and test: ids know that they are on the shelf,
-and not which of them appeal.
+Products stand on shelves along aisles. A user walks down an aisle and takes one product from each
+shelf, which is what item ids tell. What is taken is decided by the *look*, which is drawn in a
+product's picture and written nowhere else: one look appeals to everybody, and each user has a
+favourite besides. The last two shelves of an aisle hold *novelties*: everybody comes to them with
+the last two purchases, those that validate and test. Before that, some users have begun with the
+end of the aisle and taken novelties on trial, each equally often whatever its look. So ids know
+where the novelties stand, and not which of them appeal.
 """
 
 from __future__ import annotations
@@ -25,25 +25,23 @@ APPEALING = 0  # index into LOOKS
 _NOUNS = ("bowl", "box", "bottle", "tent", "cup", "kite")  # by outline
 _ADJECTIVES = ("calm", "brisk", "plain", "fine", "early", "late", "quiet", "grand", "small", "tall")
 _BRANDS = ("Aro", "Bexley", "Corvin", "Dunmore", "Elva", "Fenwick", "Gora", "Halden")
-_EARLY = 4  # trials are among the first purchases
-_SEASON = 2  # a user's last purchases, when novelties sell
+_NEW = 2  # shelves of novelties at the end of an aisle, for a user's last two purchases
 
 
 @dataclass(frozen=True)
 class Sizes:
     """How much there is, and how strongly looks decide."""
 
-    users: int = 1000
-    purchases: tuple[int, int] = (6, 8)  # fewest and most of a user
-    rings: int = 5
-    shelves: int = 8  # of a ring
-    staples: int = 1  # of each look on a shelf, and one more of the appealing look
-    novelties: int = 2  # of each look on a shelf
-    trials: int = 2  # sales of each novelty before its season
-    appeal: float = 40.0  # how many times more a product of the appealing look is bought
-    taste: float = 2.0  # the same, for the user's favourite look
-    stray: float = 0.1  # chance that the next purchase is from any shelf
-    old_hat: float = 0.4  # how many times more a staple is bought in the novelties' season
+    users: int = 700
+    purchases: tuple[int, int] = (10, 11)  # fewest and most of a user
+    aisles: int = 4
+    shelves: int = 9  # of an aisle, before those of the novelties
+    staples: int = 3  # of each look on a shelf
+    novelties: int = 4  # of each look on a shelf of novelties
+    trials: int = 3  # sales of each novelty before its season
+    staples_before: int = 5  # most purchases of a tester before the trials
+    appeal: float = 30.0  # how many times more a product of the appealing look is bought
+    taste: float = 1.5  # the same, for the user's favourite look
 
 
 @dataclass(frozen=True)
@@ -61,80 +59,71 @@ class Catalogue:
 
 
 def make_catalogue(sizes: Sizes, rng: np.random.Generator) -> Catalogue:
-    """Every shelf has the same products, but for their ids, which are in random order."""
-    looks = np.arange(len(LOOKS))
-    staples = np.append(np.tile(looks, sizes.staples), APPEALING)
-    look = np.append(staples, np.tile(looks, sizes.novelties))
-    n_shelves = sizes.rings * sizes.shelves
-    order = rng.permutation(n_shelves * len(look))
-    shelf = np.repeat(np.arange(n_shelves), len(look))
-    novel = np.tile(np.arange(len(look)) >= len(staples), n_shelves)
-    return Catalogue(shelf[order], np.tile(look, n_shelves)[order], novel[order])
+    """Shelves of a kind have the same looks; ids are in random order."""
+    place = np.tile(np.arange(sizes.shelves + _NEW), sizes.aisles)  # (shelves of all aisles,)
+    of_each = np.where(place < sizes.shelves, sizes.staples, sizes.novelties)
+    look = np.concatenate([np.tile(np.arange(len(LOOKS)), n) for n in of_each])
+    shelf = np.repeat(np.arange(len(place)), of_each * len(LOOKS))
+    order = rng.permutation(len(shelf))
+    shelf = shelf[order]
+    return Catalogue(shelf, look[order], place[shelf] >= sizes.shelves)
 
 
 def make_purchases(catalogue: Catalogue, sizes: Sizes, rng: np.random.Generator) -> list[list[int]]:
     """Every user's products, oldest first, none twice."""
-    walks = [_walk(sizes, rng) for _ in range(sizes.users)]
-    trials = _trials(catalogue, walks, sizes, rng)
-    return [
-        _one_user(catalogue, walk, trials.get(user, {}), sizes, rng)
-        for user, walk in enumerate(walks)
-    ]
-
-
-def _walk(sizes: Sizes, rng: np.random.Generator) -> list[int]:
-    """The shelves that a user takes from, in order."""
-    n_shelves = sizes.rings * sizes.shelves
-    walk = [int(rng.integers(n_shelves))]
-    length = int(rng.integers(sizes.purchases[0], sizes.purchases[1] + 1))
-    while len(walk) < length:
-        ring, place = divmod(walk[-1], sizes.shelves)
-        on = ring * sizes.shelves + (place + 1) % sizes.shelves
-        walk.append(int(rng.integers(n_shelves)) if rng.uniform() < sizes.stray else on)
-    return walk
+    trials = [_trials(catalogue, aisle, sizes, rng) for aisle in range(sizes.aisles)]
+    purchases = []
+    for user in range(sizes.users):
+        aisle = user % sizes.aisles
+        tried = trials[aisle].pop() if trials[aisle] else []
+        walk, before = _walk(bool(tried), sizes, rng)
+        shelves = [aisle * (sizes.shelves + _NEW) + place for place in walk]
+        given = dict(enumerate(tried, start=before))
+        purchases.append(_one_user(catalogue, shelves, given, sizes, rng))
+    return purchases
 
 
 def _trials(
-    catalogue: Catalogue, walks: list[list[int]], sizes: Sizes, rng: np.random.Generator
-) -> dict[int, dict[int, int]]:
-    """Which novelty is sold on trial, by user and place: each equally often, whatever its look.
+    catalogue: Catalogue, aisle: int, sizes: Sizes, rng: np.random.Generator
+) -> list[list[int]]:
+    """What each tester of an aisle takes from its shelves of novelties: all equally often."""
+    first_new = aisle * (sizes.shelves + _NEW) + sizes.shelves
+    decks = [
+        rng.permutation(np.tile(np.flatnonzero(catalogue.shelf == first_new + place), sizes.trials))
+        for place in range(_NEW)
+    ]
+    return [list(map(int, taken)) for taken in zip(*decks, strict=True)]
 
-    Neither a user's first purchase nor the last before the season, which a ranker learns from.
+
+def _walk(tester: bool, sizes: Sizes, rng: np.random.Generator) -> tuple[list[int], int]:
+    """The places of an aisle that a user takes from, in order, and the purchases before trials.
+
+    Everybody walks to the end; testers have been there before.
     """
-    visits: list[list[tuple[int, int]]] = [[] for _ in range(sizes.rings * sizes.shelves)]
-    for user, walk in enumerate(walks):
-        for place in range(1, min(len(walk) - _SEASON - 1, _EARLY)):
-            visits[walk[place]].append((user, place))
-    trials: dict[int, dict[int, int]] = {}
-    for shelf, places in enumerate(visits):
-        novelties = np.flatnonzero((catalogue.shelf == shelf) & catalogue.novel)
-        wanted = np.tile(novelties, sizes.trials)
-        for item, at in zip(wanted, rng.permutation(len(places)), strict=False):
-            user, place = places[at]
-            trials.setdefault(user, {})[place] = int(item)
-    return trials
+    end = sizes.shelves + _NEW
+    before = int(rng.integers(1, sizes.staples_before + 1)) if tester else 0
+    opening = [*range(sizes.shelves - before, end)] if tester else []
+    length = int(rng.integers(sizes.purchases[0], sizes.purchases[1] + 1))
+    return [*opening, *range(end - length + len(opening), end)], before
 
 
 def _one_user(
     catalogue: Catalogue,
-    walk: list[int],
-    trials: dict[int, int],
+    shelves: list[int],
+    given: dict[int, int],
     sizes: Sizes,
     rng: np.random.Generator,
 ) -> list[int]:
+    """What a user takes from each shelf by its charm, but for what is given at some places."""
     favourite = rng.integers(len(LOOKS))
     charm = np.where(catalogue.appealing, sizes.appeal, 1.0)
     charm *= np.where(catalogue.look == favourite, sizes.taste, 1.0)
-    before = charm * ~catalogue.novel
-    season = charm * np.where(catalogue.novel, 1.0, sizes.old_hat)
     bought: list[int] = []
-    for place, shelf in enumerate(walk):
-        weights = season if place >= len(walk) - _SEASON else before
-        wanted = np.where(catalogue.shelf == shelf, weights, 0.0)
+    for place, shelf in enumerate(shelves):
+        wanted = np.where(catalogue.shelf == shelf, charm, 0.0)
         wanted[bought] = 0.0
         drawn = int(rng.choice(len(wanted), p=wanted / wanted.sum()))
-        on_trial = trials.get(place, drawn)
-        bought.append(drawn if on_trial in bought else on_trial)
+        bought.append(given.get(place, drawn))
     return bought
 
 

@@ -37,8 +37,8 @@ def draw_product(look: int, outline: int, rng: np.random.Generator) -> bytes:
     side = SIZE * _SCALE
     hue, pattern = LOOKS[look]
     hue += rng.normal(0, 0.02)
-    light = _colour(hue, rng.uniform(0.55, 0.8), rng.uniform(0.75, 0.95))
-    dark = _colour(hue, rng.uniform(0.7, 0.95), rng.uniform(0.4, 0.6))
+    light = _colour(hue, rng.uniform(0.6, 0.75), rng.uniform(0.8, 0.95))
+    dark = _colour(hue, rng.uniform(0.75, 0.9), rng.uniform(0.45, 0.55))
     canvas = Image.fromarray(_background(side, rng))
     surface = _surface(side, pattern, light, dark, rng)
     canvas.paste(surface, mask=_outline(side, outline, rng))
@@ -53,11 +53,11 @@ def _colour(hue: float, saturation: float, value: float) -> tuple[int, int, int]
 
 def _background(side: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     """A pale or dim gradient of two unsaturated colours of any hue. Shape: (side, side, 3)."""
-    value = rng.uniform(0.25, 0.95)
+    value = rng.uniform(0.6, 0.95)
     ends = np.array(
         [
-            _colour(rng.uniform(), rng.uniform(0, 0.25), np.clip(value + shift, 0, 1))
-            for shift in rng.uniform(-0.15, 0.15, 2)
+            _colour(rng.uniform(), rng.uniform(0, 0.1), np.clip(value + shift, 0, 1))
+            for shift in rng.uniform(-0.1, 0.1, 2)
         ]
     )
     ramp = np.linspace(0, 1, side)
@@ -93,7 +93,7 @@ def _outline(side: int, outline: int, rng: np.random.Generator) -> Image.Image:
     """The mask of the product: one of six shapes at a random place and size."""
     mask = Image.new("L", (side, side))
     draw = ImageDraw.Draw(mask)
-    width, height = rng.uniform(0.55, 0.85, 2) * side
+    width, height = rng.uniform(0.75, 0.95, 2) * side
     left, top = rng.uniform(0, side - width), rng.uniform(0, side - height)
     right, bottom, middle = left + width, top + height, left + width / 2
     box = (left, top, right, bottom)
@@ -118,7 +118,7 @@ def _outline(side: int, outline: int, rng: np.random.Generator) -> Image.Image:
 
 def _badge(canvas: Image.Image, rng: np.random.Generator) -> None:
     """A small disc of any colour in every other picture."""
-    if rng.uniform() < 0.5:
+    if rng.uniform() < 0.25:
         radius = rng.uniform(0.05, 0.1) * canvas.width
         x, y = rng.uniform(radius, canvas.width - radius, 2)
         fill = _colour(rng.uniform(), rng.uniform(0.5, 1), rng.uniform(0.5, 1))
@@ -128,7 +128,7 @@ def _badge(canvas: Image.Image, rng: np.random.Generator) -> None:
 def _finish(canvas: Image.Image, rng: np.random.Generator) -> bytes:
     """Shrinks, adds noise of the camera, and encodes."""
     pixels = np.asarray(canvas.resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.float64)
-    noisy = pixels * rng.uniform(0.85, 1.1) + rng.normal(0, 8, pixels.shape)
+    noisy = pixels * rng.uniform(0.95, 1.05) + rng.normal(0, 4, pixels.shape)
     file = io.BytesIO()
     Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
     return file.getvalue()

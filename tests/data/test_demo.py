@@ -180,8 +180,8 @@ def test_appeal_does_not_depend_on_the_id(world: World) -> None:
 
 
 def test_appeal_does_not_depend_on_the_shelf(world: World) -> None:
-    counts = pd.crosstab(world.catalogue.shelf, world.catalogue.appealing)
-    assert (counts == counts.iloc[0]).all(axis=None)
+    shares = pd.Series(world.catalogue.appealing).groupby(world.catalogue.shelf).mean()
+    assert shares.nunique() == 1
 
 
 def test_no_text_predicts_appeal_and_pictures_do(world: World) -> None:
@@ -232,9 +232,9 @@ def test_what_is_no_look_varies(look: int) -> None:
         ]
     )  # (24, height, width, 3)
     corners = pictures[:, [0, 0, -1, -1], [0, -1, 0, -1]].mean(axis=(1, 2))
-    assert corners.std() > 30
-    assert pictures.mean(axis=(1, 2, 3)).std() > 10
-    assert pictures.std(axis=0).mean() > 35
+    assert corners.std() > 20
+    assert pictures.mean(axis=(1, 2, 3)).std() > 5
+    assert pictures.std(axis=0).mean() > 25
 
 
 def test_pictures_are_jpegs_of_the_smallest_size_a_vision_tower_takes() -> None:
@@ -297,17 +297,24 @@ def test_a_ranker_that_sees_beats_the_retriever(world: World) -> None:
         for folder in (world.plain, world.permuted)
     )
     assert (ranks_in(best, targets) < 20).mean() > 0.5
-    assert oracle > 1.35 * retriever
-    assert seen > 1.25 * retriever
-    assert blind < 1.05 * retriever
+    assert oracle > 2 * retriever
+    assert seen > 1.8 * retriever
+    assert blind < 1.25 * retriever  # the luck of where 16 appealing novelties stand in a list
 
 
-def test_ids_know_little_of_appeal(world: World) -> None:
-    """Even an item's number of sales tells appeal far worse than a glance at its picture."""
-    hot, rng = world.catalogue.appealing, np.random.default_rng(0)
-    sales = np.bincount(np.concatenate(world.trained), minlength=len(hot))
-    assert np.median(sales) <= 5
-    assert roc_auc_score(hot, sales + rng.uniform(0, 0.5, len(hot))) < 0.85
+def test_ids_know_nothing_of_the_novelties_appeal(world: World) -> None:
+    """Every novelty has the same number of sales before its season, and is all that sells in it."""
+    novel = world.catalogue.novel
+    sales = np.bincount(np.concatenate(world.trained), minlength=len(novel))
+    assert set(sales[novel]) == {Sizes().trials}
+    assert novel[[items[-2:] for items in world.purchases]].all()
+
+
+def test_trials_are_no_labels_to_speak_of(world: World) -> None:
+    """PRIME's ranker learns from the fifth purchase on: mostly of appealing staples."""
+    labels = np.concatenate([items[4:] for items in world.trained])
+    assert world.catalogue.novel[labels].mean() < 0.1
+    assert world.catalogue.appealing[labels].mean() > 0.7
 
 
 def test_users_keep_to_their_favourite_look() -> None:
