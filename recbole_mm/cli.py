@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from logging import getLogger
+from pathlib import Path
 from typing import Any
 
 from recbole_mm.errors import UserError
@@ -82,32 +84,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted; go on with --resume.", file=sys.stderr)
         return 130
+    except Exception as error:
+        if debug:
+            raise
+        print(
+            f"Error: {type(error).__name__}: {error}. If no value of yours explains it, this is a "
+            "bug of ours: --debug shows where.",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
 def _run(flags: dict[str, str]) -> None:
-    from recbole_mm import quick_start  # RecBole and torch are only imported when there is work
-    from recbole_mm.report.table import result_table
-
     flags.pop("debug", None)
     result_file = flags.pop("result_file", None)
-    results = _load(quick_start, flags) if "load" in flags else _train(quick_start, flags)
+    if result_file is not None:
+        _check_writable(result_file)
+    results: list[dict[str, Any]] = []
+    try:
+        for result in _load(flags) if "load" in flags else _train(flags):
+            results.append(result)  # noqa: PERF402 (each is kept if a later one fails)
+    finally:
+        if results:
+            _report(results, result_file)
+
+
+def _report(results: list[dict[str, Any]], result_file: str | None) -> None:
+    from recbole_mm.quick_start import write_results
+    from recbole_mm.report.table import result_table
+
     getLogger().info("\n\n" + result_table(results) + "\n")
     if result_file:
-        quick_start.write_results(result_file, results)
+        write_results(result_file, results)
         getLogger().info(f"Result: {result_file}")
 
 
-def _load(quick_start: Any, flags: dict[str, str]) -> list[dict[str, Any]]:
+def _check_writable(result_file: str) -> None:
+    """A place that cannot be written to should not cost a training."""
+    path = Path(result_file or ".")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        possible = os.access(path.parent, os.W_OK) and not path.is_dir()
+    except OSError:
+        possible = False
+    if not possible:
+        raise UserError(f"--result_file: '{result_file}' cannot be written: name a file.")
+
+
+def _load(flags: dict[str, str]) -> Iterator[dict[str, Any]]:
+    from recbole_mm import quick_start
+
     folder = flags.pop("load")
     if not folder:
         raise UserError("--load needs the folder of a finished run: --load=saved/MODEL-DATASET-ID.")
     for key in ("model", "dataset"):
         flags.pop(key, None)
-    return [quick_start.load(folder, flags.pop("data_path", None), flags)]
+    yield quick_start.load(folder, flags.pop("data_path", None), flags)
 
 
-def _train(quick_start: Any, flags: dict[str, str]) -> list[dict[str, Any]]:
+def _train(flags: dict[str, str]) -> Iterator[dict[str, Any]]:
+    from recbole_mm import quick_start  # RecBole and torch are only imported when there is work
+
     resume = flags.pop("resume", None)
     files = flags.pop("config_files", "").replace(",", " ").split()
     given = {**_from_files(files), **flags}
@@ -122,14 +160,12 @@ def _train(quick_start: Any, flags: dict[str, str]) -> list[dict[str, Any]]:
         raise UserError("--resume=RUN_DIR goes on with one run: name one model.")
     for model in models:  # a mistake in the last name should not cost the training of the first
         quick_start.check(model, dataset, files, overrides)
-    several = len(models) > 1
-    return [quick_start.run(model, dataset, files, overrides, resume, several) for model in models]
+    for model in models:
+        yield quick_start.run(model, dataset, files, overrides, resume, len(models) > 1)
 
 
 def _from_files(files: Sequence[str]) -> dict[str, Any]:
     """Model and dataset may stand in a recipe."""
-    from pathlib import Path
-
     from recbole_mm.config import read_yaml
     from recbole_mm.paths import recipe_or_path
 

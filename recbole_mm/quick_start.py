@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -22,9 +23,16 @@ from recbole_mm import compat, registry
 from recbole_mm.config import MMConfig
 from recbole_mm.errors import UserError, nearest
 from recbole_mm.trainer.checkpoint import write_json
-from recbole_mm.trainer.run import Run, newest_run, run_for
+from recbole_mm.trainer.run import Run, earlier_run, newest_run
 
+# What a trained run can be evaluated with: nothing here changes its weights.
+LOAD_KEYS = frozenset(
+    """mask_history eval_candidates metrics topk valid_metric fusion candidate_order
+    candidate_mask_history score_tokens attention cache_dir eval_batch_size use_gpu gpu_id device
+    show_progress state""".split()  # noqa: SIM905 (a list of as many lines as words)
+)
 DEMOS = ("mm-demo", "mm-demo-permuted")  # made on first use
+_CLEAR_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _PACKAGES = ("torch", "numpy", "pandas", "recbole", "transformers", "peft", "bitsandbytes")
 
 
@@ -70,10 +78,7 @@ def run(
         if newest and newest.state["status"] == "finished":
             return dict(json.loads((newest.folder / "result.json").read_text(encoding="utf-8")))
         resume = resume if newest else None
-    place = run_for(config, resume, _earlier_stages(config))
-    if config["stages"] and (resume is not None or _earlier_stages(config)):
-        place.forget_if_all_done(list(config["stages"]))
-    return _work(config, place, train=True)
+    return _work(config, earlier_run(config, resume, _earlier_stages(config)), train=True)
 
 
 def check(
@@ -88,24 +93,35 @@ def check(
 def load(
     folder: str, data_path: str | None = None, overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Evaluates a finished run again.
+    """Evaluates a finished run again; its folder stays as it is.
 
     Args:
         folder: `saved/<model>-<dataset>-<id>`.
         data_path: where the datasets are, if not where they were.
-        overrides: keys that change no weights, such as `mask_history` or `eval_candidates`.
+        overrides: keys that change no weights: `LOAD_KEYS`.
+
+    Raises:
+        UserError: there is no such run, it is not finished, or a key would change its weights.
     """
     place = Run.open(Path(folder))
     if place.state["status"] != "finished":
         raise UserError(f"--load: {folder} is not finished: go on with it by --resume={folder}.")
+    wrong = [key for key in overrides or {} if key not in LOAD_KEYS]
+    if wrong:
+        raise UserError(
+            f"--{wrong[0]} cannot be changed for a trained run: with --load only "
+            f"{', '.join(sorted(LOAD_KEYS))} can."
+        )
     settings = place.config()
     own = {k: v for k, v in settings.items() if k not in ("model", "dataset", "backbone_spec")}
     if (own["train_neg_sample_args"] or {}).get("distribution") == "none":
         own["train_neg_sample_args"] = None  # RecBole's Config writes a dict and takes None
-    extra = {"data_path": data_path} if data_path else {}
-    config = MMConfig(
-        settings["model"], settings["dataset"], (), {**own, **extra, **dict(overrides or {})}
-    )
+    place_of_data = data_path or place.state.get("data_path")
+    if place_of_data:
+        own["data_path"] = place_of_data
+    if getattr(registry.get_model(settings["model"]), "stage_names", ()):
+        own["stages"] = [name for name in place.state["stages"] if place.is_done(name)]
+    config = MMConfig(settings["model"], settings["dataset"], (), {**own, **dict(overrides or {})})
     return _work(config, place, train=False)
 
 
@@ -116,21 +132,31 @@ def _earlier_stages(config: MMConfig) -> list[str]:
     return names[: min(map(names.index, chosen), default=0)]
 
 
-def _work(config: MMConfig, place: Run, train: bool) -> dict[str, Any]:
+def _work(config: MMConfig, place: Run | None, train: bool) -> dict[str, Any]:
     started = time.perf_counter()
+    _reset_peak_memory(config["device"])
     _start_logging(config)
     logger = getLogger()
-    logger.info(f"Run folder: {place.folder}")
     data = prepare_data(config)
     model = build_model(config, data)
+    if place is None:  # not sooner: a mistake in data or model leaves no empty run behind
+        place = Run.start(Path(config["checkpoint_dir"]), config)
+    elif train:
+        place.reopen(list(config["stages"] or ()) if _stages_are_named(config) else [])
+    logger.info(f"Run folder: {place.folder}")
     logger.info(model)
     rows, trainer = (_staged if is_staged(model) else _zoo)(config, model, data, place, train)
     result = _result(config, place, model, data, trainer, rows, time.perf_counter() - started)
-    write_json(place.folder / "result.json", result)
     if train:
+        write_json(place.folder / "result.json", result)
         place.finish()
     logger.info(f"Run folder: {place.folder}")
     return result
+
+
+def _stages_are_named(config: MMConfig) -> bool:
+    """Whether the user, and not only the model's YAML, says which stages to train."""
+    return "stages" in config.external_config_dict
 
 
 def _start_logging(config: MMConfig) -> None:
@@ -312,14 +338,14 @@ def _result(
         "valid_protocols": chosen["valid_protocols"],
         "test_protocols": chosen["test_protocols"],
         "test_users": _users(data.test),
-        "stages": _stages(place, chosen),
+        "stages": _stages(place, rows),
         "rows": rows if len(rows) > 1 else [],
         "fusion_alpha": chosen.get("fusion_alpha"),
         "seconds": round(seconds, 2),
         "peak_memory_mb": _peak_memory_mb(config["device"]),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "device": _device_name(config["device"]),
-        "config_hash": place.state["config_hash"],
+        "config_hash": config.hash(),
         "config": config.settings(),
         "versions": _versions(),
         "git_commit": _git_commit(),
@@ -330,21 +356,34 @@ def _users(loader: Any) -> int:
     return len(set(loader._dataset.inter_feat[loader._dataset.uid_field].tolist()))
 
 
-def _stages(place: Run, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Every stage's record; a model of one stage has its own metrics in the result already."""
+def _stages(place: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Every stage's record; what was measured now stands above what was measured in training."""
     stages = {name: dict(entry) for name, entry in place.state["stages"].items()}
-    for entry in stages.values():
+    for name, entry in stages.items():
         entry.setdefault("steps", None)
-        entry.setdefault("valid", chosen["valid"])
-        entry.setdefault("test", chosen["test"])
+        row = rows[0] if len(rows) == 1 else next((r for r in rows if r["name"] == name), None)
+        if row:
+            entry.update(valid=row["valid"], test=row["test"])
     return stages
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    """Several models run in one process: each is to have its own peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # Linux alone can forget the peak of a process
+        _CLEAR_PEAK.write_text("5", encoding="ascii")
 
 
 def _peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    with suppress(OSError, StopIteration):
+        lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+        peak = next(line for line in lines if line.startswith("VmHWM:"))
+        return round(int(peak.split()[1]) / 2**10, 1)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+    return round(most / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def _device_name(device: torch.device) -> str:

@@ -46,7 +46,8 @@ def test_the_wheel_has_properties_tools_and_licence(wheel: Path) -> None:
 @pytest.mark.slow
 def test_the_sdist_has_properties_and_tests_nothing_twice(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
-    names = tarfile.open(build("sdist", tmp_path)).getnames()
+    with tarfile.open(build("sdist", tmp_path)) as archive:
+        names = archive.getnames()
     inside = [name.split("/", 1)[1] for name in names if "/" in name]
     assert set(YAMLS) <= set(inside)
     assert len(inside) == len(set(inside))

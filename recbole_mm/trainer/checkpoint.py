@@ -1,13 +1,13 @@
 """Checkpoint folders without pickle: safetensors, plain YAML and JSON, written whole or not at all.
 
 A folder holds `model.safetensors`, `config.yaml`, `items.txt` (raw item tokens in id order),
-`state.json`,
-`README.md` and, while a stage is running, `optimizer.pt` (tensors only, loaded with
+`state.json`, `README.md` and, while a stage is running, `optimizer.pt` (tensors only, loaded with
 `weights_only=True`).
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -81,7 +81,9 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     write_atomically(temporary / "config.yaml", yaml.safe_dump(checkpoint.config).encode())
     write_atomically(temporary / "items.txt", "\n".join(map(_line, checkpoint.items)).encode())
     if checkpoint.optimizer is not None:
-        torch.save(checkpoint.optimizer, temporary / "optimizer.pt")
+        buffer = io.BytesIO()
+        torch.save(checkpoint.optimizer, buffer)
+        write_atomically(temporary / "optimizer.pt", buffer.getvalue())
     write_json(temporary / "state.json", checkpoint.state)
     write_atomically(temporary / "README.md", _card(checkpoint).encode())
     _swap_in(temporary, folder)

@@ -32,7 +32,13 @@ class Run:
         """Makes the folder of a new run of `config`."""
         identity = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         name = f"{config['model']}-{config['dataset']}-{identity}"
-        run = cls(root / name, {"config_hash": config.hash(), "status": "running", "stages": {}})
+        state = {
+            "config_hash": config.hash(),
+            "status": "running",
+            "data_path": str(Path(config["data_path"]).absolute().parent),
+            "stages": {},
+        }
+        run = cls(root / name, state)
         run.folder.mkdir(parents=True)
         write_atomically(run.folder / "config.yaml", yaml.safe_dump(config.settings()).encode())
         run.save()
@@ -71,13 +77,17 @@ class Run:
         """Whether the stage has been trained to its end."""
         return bool(self.stage(name).get("done"))
 
-    def forget_if_all_done(self, names: list[str]) -> None:
-        """Stages asked for again after they had all been finished are trained anew."""
-        if not all(map(self.is_done, names)):
-            return
-        for name in names:
-            self.state["stages"].pop(name)
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+    def reopen(self, asked: list[str]) -> None:
+        """Makes ready to train again.
+
+        Args:
+            asked: stages that the user names; where a finished run has them all, they are trained
+                anew.
+        """
+        if asked and self.state["status"] == "finished" and all(map(self.is_done, asked)):
+            for name in asked:
+                self.state["stages"].pop(name)
+                shutil.rmtree(self.folder / name, ignore_errors=True)
         self.state["status"] = "running"
         self.save()
 
@@ -101,8 +111,8 @@ def newest_run(config: Any) -> Run | None:
     return next(runs_of(Path(config["checkpoint_dir"]), config), None)
 
 
-def run_for(config: Any, resume: str | None, earlier_stages: list[str]) -> Run:
-    """The run to work in: a new one, or the one to go on with.
+def earlier_run(config: Any, resume: str | None, earlier_stages: list[str]) -> Run | None:
+    """The run to go on with, or None: a new one is to be started.
 
     Args:
         config: of the experiment.
@@ -128,7 +138,7 @@ def run_for(config: Any, resume: str | None, earlier_stages: list[str]) -> Run:
         if found is None:
             raise UserError(
                 f"--stages: no run of this configuration has finished {', '.join(earlier_stages)}: "
-                "train it first, or name it with --resume=RUN_DIR."
+                "train it first."
             )
         return found
     if resume == "":
@@ -140,7 +150,7 @@ def run_for(config: Any, resume: str | None, earlier_stages: list[str]) -> Run:
                 "--resume, or evaluate a finished one with --load=RUN_DIR."
             )
         return found
-    return Run.start(root, config)
+    return None
 
 
 def _difference(run: Run, config: Any) -> str:

@@ -1,8 +1,7 @@
 """The trainer of models that train in stages: it knows stages and never a model.
 
 Every stage is a walk over plans of batches. After each validation and every minute the whole
-position is
-saved, so that a killed run goes on where it was with the numbers of an uninterrupted one.
+position is saved: a killed run goes on where it was, with the numbers of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -169,8 +168,12 @@ class StageLoop:
     def run(self) -> None:
         """Trains to the end of the stage, from where an earlier attempt was saved."""
         self._go_on()
-        while not self.position.stopped:
-            self._epoch(self.stage.plan(self.position.epoch))
+        plan = self.stage.plan(self.position.epoch)
+        if not plan:
+            raise UserError(f"Stage {self.stage.name}: the training data hold nothing to learn.")
+        while not self.position.stopped or self.position.entry >= len(plan):
+            self._epoch(plan)
+            plan = self.stage.plan(self.position.epoch)
         self._save_last()
 
     def _epoch(self, plan: Sequence[Any]) -> None:
@@ -224,11 +227,11 @@ class StageLoop:
         return total
 
     def _after_step(self) -> None:
-        position = self.position
-        if self.settings.eval_every and position.step % self.settings.eval_every == 0:
-            self._validate()
-        if self.settings.max_steps and position.step >= self.settings.max_steps:
-            position.stopped = position.stopped or "steps"
+        position, settings = self.position, self.settings
+        # Whatever ends the stage is settled before the validation that saves the position.
+        if settings.max_steps and position.step >= settings.max_steps:
+            position.stopped = "steps"
+        if position.stopped or (settings.eval_every and position.step % settings.eval_every == 0):
             self._validate()
         elif time.monotonic() - self.saved_at > self.trainer.config["save_every_s"]:
             self._save_last()
@@ -243,12 +246,11 @@ class StageLoop:
         )
         self.trainer.tensorboard.add_scalar(f"{self.stage.name}/loss", mean, position.epoch)
         position.epoch, position.entry, position.epoch_loss = position.epoch + 1, 0, 0.0
-        last = position.epoch >= self.settings.epochs
-        due = not self.settings.eval_every and position.epoch % self.settings.eval_epochs == 0
-        if due or last:
-            self._validate()
-        if last:
+        if position.epoch >= self.settings.epochs:
             position.stopped = position.stopped or "epochs"
+        every = 0 if self.settings.eval_every else self.settings.eval_epochs
+        if position.stopped or (every and position.epoch % every == 0):
+            self._validate()
 
     # --- validation and early stopping
     def _validate(self) -> None:
@@ -280,7 +282,7 @@ class StageLoop:
             return
         position.without_better += 1
         if position.without_better >= self.settings.patience:
-            position.stopped = "patience"
+            position.stopped = position.stopped or "patience"
 
     def _report(self, score: float, result: Result, seconds: float) -> None:
         position = self.position

@@ -69,8 +69,9 @@ class ZooMixin(EvaluationMixin):
         saved."""
         if epoch_idx > self.start_epoch:
             self._save_last(epoch_idx - 1)
-            if 0 < 60 * self.config["max_minutes"] < self._seconds():
-                raise TimeUpError
+            time_up = 0 < 60 * self.config["max_minutes"] < self._seconds()
+            if time_up and has_checkpoint(self._folder("best")):
+                raise TimeUpError  # never before the first validation: nothing would be left
         return super()._train_epoch(train_data, epoch_idx, loss_func, show_progress)  # type: ignore[misc]
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:

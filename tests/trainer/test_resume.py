@@ -14,16 +14,23 @@ import pytest
 
 from tests.conftest import REPO
 
-SMALL = [
-    "--dataset=ml-100k",
-    "--user_inter_num_interval=[20,40]",
-    "--show_progress=False",
-    "--save_every_s=0",
+ALWAYS = ["--show_progress=False", "--save_every_s=0"]
+SMALL = ["--dataset=ml-100k", "--user_inter_num_interval=[20,40]"]
+SHOP = [
+    *(
+        "--dataset=mm-demo",
+        "--limit_users=60",
+        "--epochs=2",
+        "--n_candidates=6",
+        "--topk=[5,10,25]",
+    ),
+    *("--ranker_batch_size=4", "--ranker_max_steps=6", "--ranker_eval_every=3"),
 ]
 
 
 def command(*flags: str) -> list[str]:
-    return [sys.executable, str(REPO / "run_recbole_mm.py"), *flags, *SMALL]
+    data = SHOP if "--model=PRIME" in flags else SMALL
+    return [sys.executable, str(REPO / "run_recbole_mm.py"), *flags, *data, *ALWAYS]
 
 
 def run(folder: Path, *flags: str) -> dict:
@@ -67,6 +74,7 @@ def kill_when(folder: Path, ready, *flags: str) -> None:
             lambda s: s["stages"].get("train", {}).get("epochs", 0) >= 2,
         ),
         ("BPR", ("--epochs=25",), lambda s: s["stages"].get("train", {}).get("epochs", 0) >= 5),
+        ("PRIME", (), lambda s: s["stages"].get("ranker", {}).get("steps", 0) >= 4),
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted(
@@ -81,7 +89,10 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert len(list(broken.glob("saved/*"))) == 1, "resuming must not start a second run"
     assert resumed["test"] == expected["test"]
     assert resumed["valid"] == expected["valid"]
-    assert resumed["stages"]["train"]["epochs"] == expected["stages"]["train"]["epochs"]
+    assert resumed["rows"] == expected["rows"]
+    for name, stage in expected["stages"].items():
+        for key in ("epochs", "steps", "stopped", "valid", "test"):
+            assert resumed["stages"][name][key] == stage[key], (name, key)
 
 
 def test_a_finished_run_evaluates_again_in_a_fresh_process(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from recbole_mm.cli import main
 from recbole_mm.errors import UserError
 from recbole_mm.stage import Stage, StageContext, StageSettings
+from recbole_mm.trainer import staged
 from recbole_mm.trainer.checkpoint import read_checkpoint
-from recbole_mm.trainer.run import Run
+from recbole_mm.trainer.run import Run, runs_of
 from recbole_mm.trainer.settings import stage_settings
 from recbole_mm.trainer.staged import StagedTrainer
 
@@ -82,7 +83,9 @@ class ToyTrainer(StagedTrainer):
         return {"ndcg@10": score}
 
 
-def fit(folder: Path, model: Toy | None = None, **keys: Any) -> tuple[ToyTrainer, Toy]:
+def fit(
+    folder: Path, model: Toy | None = None, go_on: bool = False, **keys: Any
+) -> tuple[ToyTrainer, Toy]:
     config = Settings(
         epochs=3,
         learning_rate=0.05,
@@ -95,11 +98,13 @@ def fit(folder: Path, model: Toy | None = None, **keys: Any) -> tuple[ToyTrainer
         save_every_s=0,
         model="Toy",
         dataset="toy",
+        data_path=str(folder / "toy"),
         checkpoint_dir=str(folder),
     )
     config.update(keys)
     model = model or Toy()
-    run = Run.start(folder, config)
+    earlier = next(iter(runs_of(folder, config)), None) if go_on else None
+    run = earlier or Run.start(folder, config)
     trainer = ToyTrainer(config, model, run)
     trainer.fit(None, None, None)
     return trainer, model
@@ -216,3 +221,54 @@ def test_a_stage_needs_the_earlier_ones(
     monkeypatch.chdir(tmp_path)
     assert main(["--model=PRIME", "--dataset=ml-100k", "--backbone=tiny", "--stages=ranker"]) == 1
     assert "no run of this configuration has finished retriever" in capsys.readouterr().err
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"epochs": 1},
+        {"epochs": 3, "first_max_steps": 4, "first_eval_every": 2, "second_max_steps": 1},
+        {"epochs": 2, "first_max_steps": 5, "first_eval_every": 5, "second_max_steps": 5},
+        {"epochs": 4, "stopping_step": 1, "learning_rate": 1e-9},
+    ],
+)
+def test_killed_after_any_save_it_ends_as_if_it_had_not_been(
+    keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole, expected = fit(tmp_path / "whole", **keys)
+    write = staged.write_checkpoint
+
+    def killed_after(saves: int) -> bool:
+        left = iter(range(saves))
+
+        def save(*arguments: Any) -> None:
+            write(*arguments)
+            if next(left, None) is None:
+                raise KilledError
+
+        monkeypatch.setattr(staged, "write_checkpoint", save)
+        try:
+            fit(tmp_path / str(saves), save_every_s=1e9, **keys)
+        except KilledError:
+            return True
+        finally:
+            monkeypatch.setattr(staged, "write_checkpoint", write)
+        return False
+
+    saves = 0
+    while killed_after(saves):
+        resumed, model = fit(tmp_path / str(saves), go_on=True, save_every_s=1e9, **keys)
+        for name, record in whole.run.state["stages"].items():
+            again = resumed.run.state["stages"][name]
+            for key in ("steps", "epochs", "stopped", "best_step", "best_valid"):
+                assert again[key] == record[key], (saves, name, key)
+        torch.testing.assert_close(
+            model.net.state_dict(), expected.net.state_dict(), rtol=0, atol=0
+        )
+        saves += 1
+    assert saves > 4
