@@ -12,6 +12,8 @@ Every other column of --items is kept as a text attribute of its own name.
 from __future__ import annotations
 
 import argparse
+import ast
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +41,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ATTRIBUTES = [name for name in list(ALIASES)[list(ALIASES).index("title") :] if name != IMAGE]
 _BREAKS = re.compile(r"[\x00-\x1f\x7f]")
 _BETWEEN = re.compile(r"[\s,]+")
+_NO_COMMA = re.compile(r"""['"]\s+['"]""")  # ['a' 'b'], as numpy prints: Python would read 'ab'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +142,7 @@ def read_sequences(table: Table, mapped: Mapped) -> pd.DataFrame:
     """
     user, column = need(table, "user_id", mapped), need(table, "item_ids", mapped)
     _refuse_repeats(table, user)
-    lists = [_words(cell) for cell in table.frame[column]]
+    lists = [_words(cell, table.where(row, column)) for row, cell in table.frame[column].items()]
     lengths = np.array([len(items) for items in lists])
     if not lengths.all():
         row = table.frame.index.tolist()[lengths.argmin()]
@@ -156,10 +159,37 @@ def read_sequences(table: Table, mapped: Mapped) -> pd.DataFrame:
     )
 
 
-def _words(cell: Any) -> list[str]:
+def _words(cell: Any, where: str) -> list[str]:
+    """The item ids of one user: a list, one written as JSON or as Python prints it, or words."""
     if isinstance(cell, list):
         return cell
+    if cell and cell.lstrip().startswith("["):
+        return _listed(cell.strip(), where)
     return [word for word in _BETWEEN.split(cell or "") if word]
+
+
+def _listed(cell: str, where: str) -> list[str]:
+    try:
+        ids = _from_json(cell)
+    except (ValueError, RecursionError):
+        ids = None if _NO_COMMA.search(cell) else _from_python(cell)
+    if not isinstance(ids, list) or not all(type(item) in (str, int) for item in ids):
+        raise UserError(
+            f'{where}: this is no list of item ids such as ["a", "b"]; mend it, or write the ids '
+            "with spaces between and no brackets."
+        )
+    return [str(item) for item in ids]
+
+
+def _from_json(cell: str) -> Any:
+    return json.loads(cell, parse_int=str, parse_float=str)  # numbers stay as they are written
+
+
+def _from_python(cell: str) -> Any:
+    try:
+        return ast.literal_eval(cell)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
 
 
 def _ids(table: Table, column: str) -> NDArray[Any]:
@@ -260,6 +290,12 @@ def _content(rows: pd.DataFrame, table: Table, root: Path, mapped: Mapped) -> Co
     image = find(table, IMAGE, mapped)
     items = _attributes(table, key, image, mapped)
     items.insert(0, ITEM, tokens)
+    if not wanted.any():
+        raise UserError(
+            f"{table.path}, column '{key}': no item of the interactions is among its ids, which "
+            f"begin with '{tokens.iloc[0]}', theirs with '{rows[ITEM].iloc[0]}': name the right "
+            "columns with --columns."
+        )
     images = [] if image is None else _images(table, image, root, tokens, wanted)
     notes = []
     if extra := int((~wanted).sum()):

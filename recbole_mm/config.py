@@ -25,6 +25,8 @@ compat.restore_numpy_aliases()
 from recbole.config import Config  # noqa: E402
 from recbole.utils import ModelType  # noqa: E402
 
+from recbole_mm.config_checks import check_all  # noqa: E402
+
 # Keys whose default is `~` and which therefore have no type of their own.
 NULL_KEYS: dict[str, tuple[type, ...]] = {
     "clip_grad_norm": (dict,),
@@ -35,7 +37,10 @@ NULL_KEYS: dict[str, tuple[type, ...]] = {
     "train_neg_sample_args": (dict,),
     "selected_features": (list,),
     "limit_users": (int,),
+    "stages": (list,),
 }
+# Keys that cannot be switched off by `None`.
+NEEDED_KEYS = ("metrics", "valid_metric", "topk", "eval_args")
 # Keys that name the run itself or that RecBole reads without giving them a default.
 RUN_KEYS = frozenset(
     [
@@ -101,8 +106,6 @@ VOLATILE_KEYS = frozenset(
         "test_neg_sample_args",
     ]
 )
-PICKLE_KEYS = ("save_dataset", "dataset_save_path", "save_dataloaders", "dataloaders_save_path")
-EVAL_CANDIDATES = ("full", "cand20", "cand100")
 
 
 class _Loader(yaml.SafeLoader):
@@ -160,6 +163,7 @@ def _our_keys() -> frozenset[str]:
     for kind in ("", "model", "dataset"):
         for path in (properties_dir() / kind).glob("*.yaml"):
             found.update(read_yaml(path))
+    found.discard("per_model")
     for path in (properties_dir() / "backbone").glob("*.yaml"):
         content = read_yaml(path)
         found.update(content.get("settings") or {})
@@ -168,8 +172,9 @@ def _our_keys() -> frozenset[str]:
 
 
 def _as_list(value: Any) -> list[Any] | None:
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, str):  # also [a,b], which is no Python list
+        words = value.strip().removeprefix("[").removesuffix("]").split(",")
+        return [word.strip() for word in words if word.strip()]
     if isinstance(value, (list, tuple)):
         return list(value)
     return [value] if isinstance(value, int) and not isinstance(value, bool) else None
@@ -190,7 +195,7 @@ def _as_bool(value: Any) -> bool | None:
 
 
 def _as_str(value: Any) -> str | None:
-    return None if isinstance(value, (bool, dict)) else str(value)
+    return None if value is None or isinstance(value, (bool, dict)) else str(value)
 
 
 def _as_dict(value: Any) -> dict[str, Any] | None:
@@ -223,10 +228,12 @@ def convert(key: str, value: Any, default: Any) -> Any:
     """
     if default is None:
         allowed = NULL_KEYS.get(key)
+        if allowed == (list,) and isinstance(value, (str, tuple)):
+            return _as_list(value)
         if value is None or allowed is None or isinstance(value, allowed):
             return value
         raise UserError(f"{key}: expected {_TYPE_NAMES[allowed[0]]} or None, got {value!r}.")
-    if value is None and isinstance(default, (dict, str, list)):
+    if value is None and isinstance(default, (dict, str, list)) and key not in NEEDED_KEYS:
         return None  # RecBole's way to switch such a key off
     converted = _CONVERT[type(default)](value) if type(default) in _CONVERT else value
     if converted is None:
@@ -261,7 +268,7 @@ class MMConfig(Config):
             super().__init__(model, dataset, self._files, dict(overrides or {}))
         except (ValueError, TypeError, NotImplementedError, RuntimeError, AssertionError) as error:
             raise UserError(f"{model} on {dataset}: {error}") from error
-        self._check()
+        check_all(self.model, self.model_class, self.final_config_dict)
 
     # --- RecBole's hooks
     def compatibility_settings(self) -> None:
@@ -275,10 +282,13 @@ class MMConfig(Config):
         """Files in their order; `per_model: {SASRec: {...}}` holds what is for one model alone."""
         merged: dict[str, Any] = {}
         for file in file_list:
-            content = read_yaml(Path(file))
-            own = (content.pop("per_model", None) or {}).get(self._name) or {}
-            merged.update({**content, **own})
+            merged.update(self._for_this_model(Path(file)))
         return merged
+
+    def _for_this_model(self, path: Path) -> dict[str, Any]:
+        content = read_yaml(path)
+        own = (content.pop("per_model", None) or {}).get(self._name) or {}
+        return {**content, **own}
 
     def _convert_config_dict(self, config_dict: dict[str, Any]) -> dict[str, Any]:
         return {k: parse_value(v) if isinstance(v, str) else v for k, v in config_dict.items()}
@@ -295,7 +305,7 @@ class MMConfig(Config):
         self._lay(properties_dir() / "overall.yaml")
         self._lay(property_file("model", model))
         dataset_file = property_file("dataset", dataset)
-        self._lay_backbone(read_yaml(dataset_file) if dataset_file else {})
+        self._lay_backbone(self._for_this_model(dataset_file) if dataset_file else {})
         self._lay(dataset_file)
         self._suit_model_type(model_class, recbole_own)
         self._settle_keys()
@@ -303,7 +313,7 @@ class MMConfig(Config):
     # --- our layers
     def _lay(self, path: Path | None) -> None:
         if path is not None:
-            self.internal_config_dict.update(read_yaml(path))
+            self.internal_config_dict.update(self._for_this_model(path))
 
     def _lay_backbone(self, dataset_yaml: Mapping[str, Any]) -> None:
         """The backbone's own settings stand above the model's YAML and below the dataset's."""
@@ -346,37 +356,13 @@ class MMConfig(Config):
     def _where(self, key: str) -> str:
         return f"--{key}" if key in self.variable_config_dict else (self._files or ["config"])[-1]
 
-    # --- checks on the whole
-    def _check(self) -> None:
-        final = self.final_config_dict
-        pickled = [key for key in PICKLE_KEYS if final.get(key)]
-        if pickled:
-            raise UserError(
-                f"{pickled[0]}: RecBole stores this as a pickle, which we refuse to load; "
-                "leave it off."
-            )
-        metric, _, k = str(final["valid_metric"]).partition("@")
-        measured = [str(name).lower() for name in final["metrics"]]
-        if metric.lower() not in measured or (k and k not in map(str, final["topk"])):
-            raise UserError(
-                f"valid_metric: {metric}@{k} is not measured, add it to metrics {final['metrics']} "
-                f"and topk {final['topk']}."
-            )
-        if final["eval_candidates"] not in EVAL_CANDIDATES:
-            raise UserError(
-                f"eval_candidates: '{final['eval_candidates']}' is none of "
-                f"{', '.join(EVAL_CANDIDATES)}."
-            )
-        if final["train_mode"] not in ("prefix", "whole"):
-            raise UserError(f"train_mode: '{final['train_mode']}' is neither prefix nor whole.")
-        if final["train_mode"] not in getattr(self.model_class, "train_modes", ("prefix",)):
-            raise UserError(
-                f"train_mode: {self.model} does not train in mode '{final['train_mode']}'."
-            )
-
+    # --- what others read
     @property
     def protocol(self) -> str:
-        """The evaluation protocol's name in the result: full, full-masked, cand100 or cand20."""
+        """The evaluation protocol's name in the result: full, full-masked, cand100 or cand20; or
+        labeled, where RecBole's context-aware models tell clicks from others and rank nothing."""
+        if self["eval_args"]["mode"]["test"] == "labeled":
+            return "labeled"
         if self["eval_candidates"] != "full":
             return str(self["eval_candidates"])
         return "full-masked" if self["mask_history"] else "full"

@@ -20,17 +20,22 @@ from typing import Any
 import torch
 
 from recbole_mm import compat, registry
-from recbole_mm.config import MMConfig
+from recbole_mm.config import VOLATILE_KEYS, MMConfig
 from recbole_mm.errors import UserError, nearest
 from recbole_mm.trainer.checkpoint import write_json
 from recbole_mm.trainer.run import Run, earlier_run, newest_run
 
-# What a trained run can be evaluated with: nothing here changes its weights.
-LOAD_KEYS = frozenset(
-    """mask_history eval_candidates metrics topk valid_metric fusion candidate_order
-    candidate_mask_history score_tokens attention cache_dir eval_batch_size use_gpu gpu_id device
-    show_progress state""".split()  # noqa: SIM905 (a list of as many lines as words)
+# What a trained run can be evaluated with, beside the keys that change no number at all.
+_MEASURES = ("mask_history", "eval_candidates", "metrics", "topk", "valid_metric")
+_RANKER_AT_WORK = (
+    "fusion",
+    "candidate_order",
+    "candidate_mask_history",
+    "score_tokens",
+    "attention",
 )
+EVALUATION_KEYS = frozenset([*_MEASURES, *_RANKER_AT_WORK])
+_NOT_WHEN_LOADED = ("stages", "config_files")
 DEMOS = ("mm-demo", "mm-demo-permuted")  # made on first use
 _CLEAR_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _PACKAGES = ("torch", "numpy", "pandas", "recbole", "transformers", "peft", "bitsandbytes")
@@ -98,7 +103,7 @@ def load(
     Args:
         folder: `saved/<model>-<dataset>-<id>`.
         data_path: where the datasets are, if not where they were.
-        overrides: keys that change no weights: `LOAD_KEYS`.
+        overrides: keys that change no weights: `EVALUATION_KEYS` and those of the machine.
 
     Raises:
         UserError: there is no such run, it is not finished, or a key would change its weights.
@@ -106,11 +111,12 @@ def load(
     place = Run.open(Path(folder))
     if place.state["status"] != "finished":
         raise UserError(f"--load: {folder} is not finished: go on with it by --resume={folder}.")
-    wrong = [key for key in overrides or {} if key not in LOAD_KEYS]
+    able = (EVALUATION_KEYS | VOLATILE_KEYS | {"cache_dir"}).difference(_NOT_WHEN_LOADED)
+    wrong = [key for key in overrides or {} if key not in able]
     if wrong:
         raise UserError(
             f"--{wrong[0]} cannot be changed for a trained run: with --load only "
-            f"{', '.join(sorted(LOAD_KEYS))} can."
+            f"{', '.join(sorted(EVALUATION_KEYS))} can."
         )
     settings = place.config()
     own = {k: v for k, v in settings.items() if k not in ("model", "dataset", "backbone_spec")}

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from recbole_mm.config import MMConfig, convert, parse_value, read_yaml, resolve_backbone
+from recbole_mm.config_checks import measured
 from recbole_mm.errors import UserError
 from recbole_mm.paths import properties_dir
+
+# isort: split
+from recbole.evaluator import Evaluator, metric_types
+from recbole.evaluator.collector import DataStruct
+from recbole.utils import EvaluatorType
 
 
 def config(model: str = "SASRec", **overrides: object) -> MMConfig:
@@ -79,6 +87,17 @@ def test_backbone_settings_stand_between_model_and_dataset() -> None:
         ({"eval_candidates": "cand7"}, "eval_candidates: 'cand7' is none of full, cand20, cand100"),
         ({"train_mode": "half"}, "'half' is neither prefix nor whole"),
         ({"save_dataset": "True"}, "save_dataset: RecBole stores this as a pickle"),
+        ({"valid_metric": "None"}, "valid_metric: expected a text such as 'NDCG@10'"),
+        ({"metrics": "None"}, "metrics: expected a list"),
+        ({"valid_metric": "NDCG"}, "valid_metric: NDCG is not measured, write NDCG@20"),
+        ({"epochs": "0"}, "epochs: it must be a number above 0, got 0"),
+        ({"learning_rate": "-1e-3"}, "learning_rate: it must be a number above 0, got -0.001"),
+        ({"learning_rate": "nan"}, "learning_rate: expected a number"),
+        ({"train_batch_size": "0"}, "train_batch_size: it must be a number above 0"),
+        ({"eval_batch_size": "-5"}, "eval_batch_size: it must be a number above 0"),
+        ({"MAX_ITEM_LIST_LENGTH": "0"}, "MAX_ITEM_LIST_LENGTH: it must be a number above 0"),
+        ({"clip_grad_norm": "{'norm_type': 2}"}, "has no max_norm above 0, write {'max_norm': 5"),
+        ({"mask_history": True, "benchmark_filename": "a,b,c"}, "leave benchmark_filename out or"),
     ],
 )
 def test_mistakes_are_told(overrides: dict[str, str], sentence: str) -> None:
@@ -144,6 +163,120 @@ def test_protocols_of_sequential_and_general_models_agree() -> None:
     assert general["train_neg_sample_args"]["distribution"] == "uniform"
 
 
+# --- evaluation ---
+def eval_args(**changes: object) -> dict[str, object]:
+    plain = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
+    return {**plain, **changes}
+
+
+@pytest.mark.parametrize("model", ["SASRec", "BPR", "LRURec", "FM"])
+@pytest.mark.parametrize("mode", ["uni100", "pop50", {"valid": "uni100", "test": "full"}])
+def test_sampled_negatives_name_the_candidate_lists(model: str, mode: object) -> None:
+    with pytest.raises(UserError, match=f"{model} is not evaluated in mode '.*eval_candidates"):
+        config(model, eval_args=eval_args(mode=mode), metrics=["NDCG"], valid_metric="NDCG@10")
+
+
+def test_labels_are_for_context_aware_models() -> None:
+    assert config("FM").protocol == "labeled"
+    with pytest.raises(UserError, match="BPR is not evaluated in mode 'labeled', set mode: full"):
+        config("BPR", eval_args=eval_args(mode="labeled"))
+    with pytest.raises(UserError, match="FM is evaluated on labels and ranks no candidates"):
+        config("FM", eval_candidates="cand20")
+    ranks = {"metrics": ["NDCG"], "valid_metric": "NDCG@10", "eval_args": eval_args()}
+    assert config("FM", **ranks).protocol == "full"
+    assert config("FM", **ranks, eval_candidates="cand20").protocol == "cand20"
+    halves = {"valid": "labeled", "test": "full"}
+    with pytest.raises(UserError, match="set one mode for valid and test"):
+        config("FM", **{**ranks, "eval_args": eval_args(mode=halves)})
+
+
+def test_protocols_of_ranking() -> None:
+    assert config().protocol == "full"
+    assert config(mask_history=True).protocol == "full-masked"
+    assert config(mask_history=True, eval_candidates="cand100").protocol == "cand100"
+
+
+def test_sequences_have_an_order_in_time() -> None:
+    with pytest.raises(UserError, match=r"SASRec reads sequences.* set order: TO, not RO"):
+        config(eval_args=eval_args(order="RO"))
+    assert config("BPR", eval_args=eval_args(order="RO"))["eval_args"]["order"] == "RO"
+
+
+def test_a_ready_made_split_alone_is_fine() -> None:
+    assert config(benchmark_filename="a,b,c")["benchmark_filename"] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("metric", ["AUC", "LogLoss"])
+def test_metrics_of_labels_have_no_k(metric: str) -> None:
+    assert config("FM", valid_metric=metric)["valid_metric"] == metric
+    with pytest.raises(UserError, match=f"{metric}@10 is not measured, write {metric}"):
+        config("FM", valid_metric=f"{metric}@10")
+
+
+def test_what_is_called_measured_is_what_recbole_gives() -> None:
+    ranking = [m for m, kind in metric_types.items() if kind == EvaluatorType.RANKING]
+    given = config("BPR", metrics=ranking, topk=[2, 3], valid_metric="Recall@2")
+    assert set(measured(ranking, [2, 3])) == set(recboles_result(given))
+
+
+def recboles_result(given: MMConfig) -> dict[str, float]:
+    """RecBole's own numbers of two users and five items."""
+    data = DataStruct()
+    data.set("rec.items", torch.tensor([[1, 2, 3], [4, 2, 1]]))
+    data.set("rec.topk", torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1]]))
+    data.set("rec.meanrank", torch.tensor([[2.0, 5, 1], [1.0, 5, 1]]))
+    data.set("data.num_items", 6)
+    data.set("data.num_users", 3)
+    data.set("data.count_items", Counter({1: 3, 2: 2, 3: 1, 4: 1}))
+    data.set("data.count_users", Counter({1: 3, 2: 4}))
+    return dict(Evaluator(given).evaluate(data))
+
+
+# --- models that train in stages ---
+@pytest.mark.parametrize(
+    ("model", "overrides", "sentence"),
+    [
+        ("LRURec", {"topk": "[5,10]"}, r"^valid_metric: Recall@25 is not .* such as Recall@10"),
+        (
+            "PRIME",
+            {"topk": "[5,10]"},
+            r"^retriever_valid_metric: Recall@25 is not measured, add it to .*topk \[5, 10\]",
+        ),
+        ("PRIME", {"retriever_valid_metric": "Recall"}, "^retriever_valid_metric: Recall is not"),
+        ("LRURec", {"stages": "rank"}, r"stages: 'rank' is no stage of LRURec \(train\)"),
+        ("PRIME", {"stages": "retriever,rankr"}, "stages: 'rankr' is no stage of PRIME"),
+        ("LRURec", {"learner": "sgd"}, "learner: LRURec is trained by AdamW and not by sgd"),
+        (
+            "LRURec",
+            {"clip_grad_norm": "{'max_norm': 5, 'norm_type': 1}"},
+            "clip_grad_norm: LRURec clips the L2 norm",
+        ),
+        ("LRURec", {"clip_grad_norm": "{'norm_type': 2}"}, "has no max_norm above 0"),
+        ("LRURec", {"eval_step": "0"}, "eval_step: it must be a number above 0"),
+        ("PRIME", {"ranker_epochs": "0"}, "ranker_epochs: it must be a number above 0"),
+        ("PRIME", {"ranker_batch_size": "0"}, "ranker_batch_size: it must be a number above 0"),
+        ("PRIME", {"backbone": "tiny", "quantize": "nf4"}, "^quantize: the tiny backbone"),
+    ],
+)
+def test_mistakes_in_stages_are_told(model: str, overrides: dict[str, str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        config(model, **overrides)
+
+
+def test_what_stages_do_honour_is_accepted() -> None:
+    kept = {"learner": "Adam", "clip_grad_norm": "{'max_norm': 2}", "ranker_valid_users": "0"}
+    assert config("PRIME", **kept)["clip_grad_norm"] == {"max_norm": 2}
+    assert config("PRIME", quantize="nf4")["quantize"] == "nf4"
+    for key, value in (("learner", "sgd"), ("clip_grad_norm", "{'max_norm': 1, 'norm_type': 1}")):
+        assert config("SASRec", **{key: value})[key]  # RecBole's trainer honours these
+
+
+@pytest.mark.parametrize("value", ["train", ["train"], "[train]", "['train']"])
+def test_stages_are_always_names(value: object) -> None:
+    """Also of a model whose YAML does not list them."""
+    assert config("LRURec", stages=value)["stages"] == ["train"]
+
+
 def test_hash_ignores_where_and_keeps_what() -> None:
     assert config(show_progress="False").hash() == config().hash()
     assert config(seed="7").hash() != config().hash()
@@ -158,3 +291,10 @@ def test_every_yaml_key_has_a_comment_with_its_type() -> None:
             nested = line.startswith(" ") and "#" not in line  # eval_args' inner lines
             section = key in ("settings", "tiny", "  settings")
             assert nested or section or "# (" in line, f"{path.name}:{number} has no comment"
+
+
+def test_a_dataset_sets_keys_of_one_model_alone() -> None:
+    """The demo's PRIME has a retriever with little dropout; SASRec has RecBole's."""
+    assert MMConfig("PRIME", "mm-demo")["attn_dropout_prob"] == 0.2
+    assert MMConfig("SASRec", "mm-demo")["attn_dropout_prob"] == 0.5
+    assert MMConfig("PRIME", "mm-demo")["backbone"] == "tiny"

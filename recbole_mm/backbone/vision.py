@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import uuid
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from recbole_mm.backbone.families import Family, Pixels
 from recbole_mm.backbone.prompt import Prompt
+from recbole_mm.data.images import DIGEST, BadImageError, digest, read_bytes
 
 Grid = tuple[int, int, int]
 _ENCODE_AT_ONCE = 64  # pictures in one pass of the tower, so that memory does not grow with items
@@ -86,8 +86,10 @@ class ItemImages:
 
     Args:
         family: of the backbone.
-        load: an item's picture (PIL, RGB) or None.
-        source: an item's image file or None, whose bytes key what is stored on disk.
+        load: an item's picture (PIL, RGB) or None; where it was not read from `source`, its
+            `info[DIGEST]` names the bytes it was read from, as `ImageStore.get` does.
+        source: an item's first image file or None. Rows are stored under the digest of the bytes
+            that were decoded, so a picture whose file has rows need not be opened.
         frozen: whether the vision tower never changes; then rows are kept, and written to `log`.
         log: where a frozen tower's rows are kept between runs; None: memory only.
     """
@@ -140,9 +142,25 @@ class ItemImages:
         pixels = self._read(item)
         return None if pixels is None else pixels.grid
 
+    def _stored(self, item: int) -> Tensor | None:
+        """Rows of the item's picture from the disk; opens it where its first file has none."""
+        for look in (self._key, self._key_once_read):
+            key = look(item)
+            stored = self.log.read(key) if self.log is not None and key is not None else None
+            if stored is not None:
+                self._pixels.pop(item, None)
+                return stored
+        return None
+
+    def _key_once_read(self, item: int) -> str | None:
+        self._read(item)
+        return self._key(item)
+
     def _read(self, item: int) -> Pixels | None:
         if item not in self._pixels:
             image = self._load(item)
+            if image is not None and DIGEST in image.info:  # the first file may not be usable
+                self._keys[item] = image.info[DIGEST]
             self._pixels[item] = None if image is None else self.family.pixels(image)
         return self._pixels[item]
 
@@ -153,22 +171,19 @@ class ItemImages:
         return pixels
 
     def _key(self, item: int) -> str | None:
+        """Under which the item's rows are stored; of its first file until its picture is read."""
         if self.log is None:
             return None
         if item not in self._keys:
             path = self._source(item)
-            if path is None or not path.is_file():
-                self._keys[item] = None
-            else:
-                self._keys[item] = hashlib.sha256(path.read_bytes()).hexdigest()
+            self._keys[item] = None if path is None else _digest_of(path)
         return self._keys[item]
 
     @torch.no_grad()
     def _remember(self, model: nn.Module, items: Sequence[int]) -> None:
         new = []
         for item in items:
-            key = self._key(item)
-            stored = self.log.read(key) if self.log is not None and key is not None else None
+            stored = None if self.log is None else self._stored(item)
             if stored is None:
                 new.append(item)
             else:
@@ -183,3 +198,10 @@ class ItemImages:
             if self.log is not None and key is not None:
                 self.log.append(key, self._ready(item).grid, rows)
                 self._pixels.pop(item)
+
+
+def _digest_of(path: Path) -> str | None:
+    try:
+        return digest(read_bytes(path))
+    except BadImageError:
+        return None

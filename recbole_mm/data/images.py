@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from collections import Counter
@@ -15,6 +16,7 @@ from recbole_mm.data.content import ItemContent
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_BYTES = 10_000_000
 MAX_PIXELS = 16_000_000  # Pillow's own limit only warns below 179 million
+DIGEST = "recbole_mm.sha256"  # key of a picture's `info`: `digest` of the file it was read from
 
 NO_IMAGE = "no image"
 ABSENT = "absent file"
@@ -44,6 +46,11 @@ def read_bytes(path: Path) -> bytes:
     if len(data) > MAX_BYTES:
         raise BadImageError(TOO_MANY_BYTES)
     return data
+
+
+def digest(data: bytes) -> str:
+    """What names a file's content in a cache: 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def open_header(data: bytes) -> Image.Image:
@@ -105,13 +112,20 @@ class ImageStore:
         self._bad: dict[int, str] = {}
 
     def get(self, item_id: int) -> Image.Image | None:
-        """The first usable picture of an item, RGB; None when there is none."""
+        """The first usable picture of an item, RGB; None when there is none.
+
+        `info[DIGEST]` of the picture is the `digest` of the file it was read from.
+        """
         reason = NO_IMAGE
         for path in self._content.image_paths(item_id):
             try:
-                return decode(read_bytes(path))
+                data = read_bytes(path)
+                image = decode(data)
             except BadImageError as error:
                 reason = str(error)
+                continue
+            image.info[DIGEST] = digest(data)
+            return image
         if item_id > 0:  # the pad has no picture and is no problem
             self._bad[item_id] = reason
         return None

@@ -37,7 +37,8 @@ def choose_item_features(config: Any) -> None:
         )
     values = {"selected_features": features, "item_attribute": features[0]}
     final.update({key: values[key] for key in wanted})
-    final["load_col"] = {**final["load_col"], "item": [final["ITEM_ID_FIELD"], *features]}
+    if final["load_col"] is not None:  # None loads every column of every file
+        final["load_col"] = {**final["load_col"], "item": [final["ITEM_ID_FIELD"], *features]}
 
 
 def _token_columns(path: Path, separator: str) -> list[str]:

@@ -11,6 +11,7 @@ _EPOCHS_CUT = {
     "patience": "early stop",
     "time": "time up",
 }
+_BOTH = {"full", "full-masked"}
 
 
 def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -56,17 +57,23 @@ def _value(result: Mapping[str, Any], row: Mapping[str, Any], where: str, name: 
 
 
 def result_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """One table of all results, test metrics, with what is needed to read them rightly.
+    """Test metrics of all results with what is needed to read them rightly: a table a protocol.
 
     General models rank what they were trained on first when the history is not masked, so a table
-    that
-    has one shows both columns.
+    that has one shows both columns, where both were measured.
 
     Args:
-        results: as `quick_start.run` returns them, of one dataset and protocol.
+        results: as `quick_start.run` returns them, of one dataset.
     """
+    protocols = dict.fromkeys(result["protocol"] for result in results)
+    tables = [_table([r for r in results if r["protocol"] == name]) for name in protocols]
+    return "\n\n".join(tables)
+
+
+def _table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The table of results of one protocol."""
     first = results[0]
-    masked = first["protocol"].startswith("full") and any(r["general"] for r in results)
+    masked = any(r["general"] and set(r["test_protocols"]) >= _BOTH for r in results)
     columns = _columns(results, masked)
     header = [
         "model",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from torch import Tensor
 from recbole_mm.backbone.batch import collate
 from recbole_mm.backbone.load import Backbone
 from recbole_mm.backbone.vision import FeatureLog, ItemImages
+from recbole_mm.data.atomic import write_images
+from recbole_mm.data.content import ItemContent
+from recbole_mm.data.images import ImageStore
 from tests.backbone.shop import PICTURES, backbone_of, images_of, picture
 from tests.backbone.test_families import prompts_of
 
@@ -152,6 +155,43 @@ def test_the_same_bytes_of_another_item_are_the_same_picture(
     with encoded(backbone) as passes:
         frozen_of(backbone, folder, log_of(tmp_path / "cache")).rows(backbone.model, [8])
     assert passes == []
+
+
+# What the first file of an item may be, before one that can be used.
+UNUSABLE = {"empty": b"", "page": b"<html>404</html>", "half": None, "absent": None}
+
+
+def shop_of_two(folder: Path, kind: str) -> tuple[ImageStore, Callable[[int], Path | None]]:
+    """Items 1 and 2, whose first file is the same unusable one and whose second are their own."""
+    (folder / "images").mkdir(parents=True)
+    for item, colour in ((1, "red"), (2, "blue")):
+        Image.new("RGB", (56, 56), colour).save(folder / "images" / f"{item}.png")
+    data = (folder / "images" / "1.png").read_bytes()[:-30] if kind == "half" else UNUSABLE[kind]
+    if data is not None:
+        (folder / "images" / "bad.png").write_bytes(data)
+    rows = [("a", "bad.png"), ("a", "1.png"), ("b", "bad.png"), ("b", "2.png")]
+    write_images(folder / "shop.image", rows)
+    content = ItemContent(folder, "shop", ["[PAD]", "a", "b"])
+    return ImageStore(content), lambda item: content.image_paths(item)[0]
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_items_share_no_picture_because_of_a_first_file_that_cannot_be_used(
+    backbone: Backbone, tmp_path: Path, kind: str
+) -> None:
+    store, source = shop_of_two(tmp_path / "shop", kind)
+    pixels = [backbone.family.pixels(Image.new("RGB", (56, 56), c)) for c in ("red", "blue")]
+    with torch.no_grad():
+        live = backbone.family.encode(backbone.model, [one for one in pixels if one is not None])
+    cache = tmp_path / "cache"
+    with encoded(backbone) as passes:
+        for _ in range(2):  # each item in a run of its own, then again from the disk
+            for item in (1, 2):
+                images = images_of(backbone, store.get, source, frozen=True, log=log_of(cache))
+                assert images.piece(item) is not None
+                (mine,) = images.rows(backbone.model, [item])
+                torch.testing.assert_close(mine, live[item - 1], atol=1e-5, rtol=1e-5)
+    assert passes == [1, 1]
 
 
 def test_many_pictures_do_not_go_through_the_tower_at_once(backbone: Backbone) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from recbole_mm.data import images
 from recbole_mm.data.atomic import write_images
@@ -183,3 +184,19 @@ def test_the_store_takes_the_first_usable_and_counts_the_rest(tmp_path: Path) ->
         images.ABSENT: 1,
         images.NO_IMAGE: 1,
     }
+
+
+def test_a_picture_says_which_file_it_was_read_from(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    forged = PngInfo()
+    forged.add_text(images.DIGEST, "0" * 64)
+    good = encoded(picture(), "PNG", pnginfo=forged)
+    for name, data in (("good.png", good), ("half.png", good[:-200]), ("empty.png", b"")):
+        (tmp_path / "images" / name).write_bytes(data)
+    rows = [("a", "good.png"), ("b", "gone.png"), ("b", "empty.png"), ("b", "half.png")]
+    write_images(tmp_path / "d.image", [*rows, ("b", "good.png")])
+    store = ImageStore(ItemContent(tmp_path, "d", ["[PAD]", "a", "b"]))
+    for item in (1, 2):
+        image = store.get(item)
+        assert image is not None
+        assert image.info[images.DIGEST] == images.digest(good) != images.digest(good[:-200])

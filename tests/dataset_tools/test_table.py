@@ -20,6 +20,7 @@ from PIL import Image
 from dataset_tools.__main__ import main
 from dataset_tools.sources import read
 from dataset_tools.table import core, parse_times
+from recbole_mm.data.atomic import safe_token
 from recbole_mm.data.content import ItemContent
 from recbole_mm.data.images import ImageStore
 from recbole_mm.errors import UserError
@@ -174,7 +175,7 @@ def test_json_numbers_lists_and_nulls(tmp_path: Path) -> None:
 def test_rows_are_sorted_by_user_and_time_and_ties_keep_their_order(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [[f"u{rng.integers(6)}", f"i{n}", int(rng.integers(5))] for n in range(200)]
-    _, items = shop(tmp_path)
+    items = write_csv(tmp_path / "items.csv", ["item_id", "title"], [["i7", "Soap"]])
     folder = make(tmp_path, interactions=clicks(tmp_path, rows), items=items)
     users = list(dict.fromkeys(row[0] for row in rows))
     expected = [
@@ -200,6 +201,77 @@ def test_sequences_keep_their_order_and_positions_are_times(tmp_path: Path) -> N
         ["1", "z", "2"],
         ["1", "x", "3"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("cell", "ids"),
+    [
+        ('["x", "y", "z"]', ["x", "y", "z"]),
+        ("['x', 'y', 'z']", ["x", "y", "z"]),
+        (' ["x","x"]  ', ["x", "x"]),
+        ("[7, 8, 7]", ["7", "8", "7"]),
+        ('[7, 1.50, "007"]', ["7", "1.50", "007"]),  # as it is written
+        ("['7', 8]", ["7", "8"]),
+        ('["red bowl", "a,b"]', ["red bowl", "a,b"]),
+        ("['it\\'s', \"x' y\"]", ["it's", "x' y"]),
+        ('["\\u00e9t\\u00e9"]', ["été"]),
+    ],
+)
+@pytest.mark.parametrize("write", [write_csv, write_tsv, write_jsonl])
+def test_a_sequence_may_be_written_as_a_list(
+    cell: str, ids: list[str], write: Any, tmp_path: Path
+) -> None:
+    suffix = {write_csv: "csv", write_tsv: "tsv", write_jsonl: "jsonl"}[write]
+    sequences = write(tmp_path / f"s.{suffix}", ["user_id", "item_ids"], [["u", cell], ["v", "q"]])
+    items = write_csv(tmp_path / "i.csv", ["item_id", "title"], [[i, "t"] for i in {*ids, "q"}])
+    folder = make(tmp_path, sequences=sequences, items=items)
+    expected = [["u", safe_token(item), str(n)] for n, item in enumerate(ids, 1)]
+    assert inter(folder)[1:] == [*expected, ["v", "q", "1"]]
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        '["x", "y"',
+        "[x, y]",
+        "['x' 'y']",  # as numpy prints: Python would read one id, xy
+        "[1 2]",
+        '["x", null]',
+        '["x", ["y"]]',
+        "[None]",
+        "[True]",
+        "[x] y",
+        "[__import__('os').getcwd()]",
+        "[" * 100_000,
+    ],
+)
+def test_a_list_that_cannot_be_read_names_its_row(
+    cell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [["u", '["x"]'], ["v", cell]]
+    sequences = write_csv(tmp_path / "s.csv", ["user_id", "item_ids"], rows)
+    told = refused(capsys, tmp_path, sequences=sequences, items=shop(tmp_path)[1])
+    assert "s.csv, row 3, column 'item_ids': this is no list of item ids such as" in told
+
+
+def test_an_empty_list_is_a_user_without_items(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sequences = write_csv(tmp_path / "s.csv", ["user_id", "item_ids"], [["u", "x"], ["v", "[]"]])
+    told = refused(capsys, tmp_path, sequences=sequences, items=shop(tmp_path)[1])
+    assert "row 3, column 'item_ids': the user has no items" in told
+
+
+def test_tables_that_have_no_item_in_common_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interactions, _ = shop(tmp_path)
+    others = [["B01", "Soap", "x"], ["B02", "Comb", "y"]]
+    items = write_csv(tmp_path / "other.csv", ["item_id", "title", "sku"], others)
+    told = refused(capsys, tmp_path, interactions=interactions, items=items)
+    assert "other.csv, column 'item_id': no item of the interactions is among its ids" in told
+    assert "'B01'" in told
+    assert "--columns" in told
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,206 @@
+"""The table at the end: the right number in the right cell, and how each model was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recbole_mm import quick_start
+from recbole_mm.report.table import format_rows, result_table
+
+METRICS = ("recall", "mrr", "ndcg", "hit")
+
+
+def numbers(base: float, topk: tuple[int, ...] = (5, 10)) -> dict[str, float]:
+    """A different number for each metric: base + 0.01 a metric + 0.001 a k."""
+    return {
+        f"{name}@{k}": base + 0.01 * m + 0.001 * n
+        for n, k in enumerate(topk)
+        for m, name in enumerate(METRICS)
+    }
+
+
+def result(model: str, base: float = 0.1, **changes: Any) -> dict[str, Any]:
+    """What `quick_start.run` returns, as far as a table reads it."""
+    plain = {
+        "model": model,
+        "dataset": "shop",
+        "backbone": None,
+        "train_mode": "prefix",
+        "protocol": "full",
+        "general": False,
+        "limit_users": None,
+        "valid_metric": "ndcg@10",
+        "test": numbers(base),
+        "test_protocols": {"full": numbers(base), "full-masked": numbers(base + 0.5)},
+        "test_users": 305,
+        "stages": {"train": {"epochs": 7, "steps": None, "stopped": "patience"}},
+        "rows": [],
+        "seconds": 12.6,
+    }
+    return {**plain, **changes}
+
+
+def cells(table: str) -> list[dict[str, str]]:
+    """The rows of a table by column title; titles and cells are two blanks apart or more."""
+    _, header, rule, *rows = table.splitlines()
+    assert set(rule) == {"-", " "}
+    starts = [0, *(i + 2 for i in range(len(rule) - 1) if rule[i : i + 2] == "  ")]
+    ends = [*(start - 2 for start in starts[1:]), None]
+
+    def cut(line: str) -> list[str]:
+        return [line[a:b].strip() for a, b in zip(starts, ends, strict=True)]
+
+    return [dict(zip(cut(header), cut(row), strict=True)) for row in rows]
+
+
+# --- layout ---
+def test_columns_are_aligned_first_left_others_right() -> None:
+    table = format_rows(["model", "a"], [["x", "0.5"], ["a long name", "12.25"]])
+    assert table.splitlines() == [
+        "model            a",
+        "-----------  -----",
+        "x              0.5",
+        "a long name  12.25",
+    ]
+
+
+# --- values ---
+def test_values_of_recall_and_ndcg_with_four_digits() -> None:
+    (row,) = cells(result_table([result("SASRec", 0.12344)]))
+    assert row == {
+        "model": "SASRec",
+        "backbone": "-",
+        "train mode": "prefix",
+        "trained": "7 ep, early stop",
+        "recall@5": "0.1234",
+        "ndcg@5": "0.1434",
+        "recall@10": "0.1244",
+        "ndcg@10": "0.1444",
+        "seconds": "13",
+    }
+
+
+def test_the_title_says_what_was_measured_on_whom() -> None:
+    assert result_table([result("A")]).splitlines()[0] == ("shop, protocol full, test on 305 users")
+    sampled = result("A", protocol="cand100", limit_users=50, test_protocols={"cand100": {}})
+    title = result_table([sampled]).splitlines()[0]
+    assert title == "shop, protocol cand100, test on 305 users (limit_users 50)"
+
+
+def test_metrics_without_recall_and_ndcg_are_shown_as_they_are() -> None:
+    only = {"mrr@5": 0.25, "hit@5": 0.5}
+    (row,) = cells(result_table([result("A", test=only)]))
+    assert (row["mrr@5"], row["hit@5"]) == ("0.2500", "0.5000")
+
+
+def test_of_many_ks_the_last_three_are_shown() -> None:
+    (row,) = cells(result_table([result("A", test=numbers(0.1, (1, 5, 10, 20, 25)))]))
+    assert [name for name in row if "@" in name] == [
+        f"{metric}@{k}" for k in (10, 20, 25) for metric in ("recall", "ndcg")
+    ]
+
+
+def test_what_a_model_has_not_measured_is_a_dash_and_not_a_zero() -> None:
+    rows = cells(result_table([result("A"), result("B", test={"recall@5": 0.0})]))
+    assert rows[1]["recall@5"] == "0.0000"
+    assert [rows[1][name] for name in ("ndcg@5", "recall@10", "ndcg@10")] == ["-"] * 3
+
+
+# --- a general model ranks what it was trained on first ---
+def test_a_general_model_adds_a_masked_column_to_every_row() -> None:
+    rows = cells(result_table([result("SASRec", 0.1), result("Pop", 0.2, general=True)]))
+    for row, base in zip(rows, (0.1, 0.2), strict=True):
+        shown = {name: value for name, value in row.items() if "@" in name}
+        assert shown == {  # at the k of valid_metric alone
+            "recall@10 unmasked": f"{base + 0.001:.4f}",
+            "recall@10 masked": f"{base + 0.501:.4f}",
+            "ndcg@10 unmasked": f"{base + 0.021:.4f}",
+            "ndcg@10 masked": f"{base + 0.521:.4f}",
+        }
+
+
+def test_without_a_general_model_there_is_one_column_a_metric() -> None:
+    assert "masked" not in result_table([result("SASRec"), result("GRU4Rec")])
+
+
+@pytest.mark.parametrize("protocol", ["cand100", "full"])
+def test_where_only_one_protocol_was_measured_there_is_no_pair(protocol: str) -> None:
+    one = result("Pop", general=True, protocol=protocol, test_protocols={protocol: numbers(0.1)})
+    (row,) = cells(result_table([one]))
+    assert row["recall@10"] == "0.1010"
+    assert "-" not in [value for name, value in row.items() if "@" in name]
+
+
+def test_labels_have_a_table_of_their_own() -> None:
+    """A context-aware model's AUC is no number of a ranking."""
+    labels = {"auc": 0.75, "logloss": 0.5}
+    context = result(
+        "FM",
+        protocol="labeled",
+        general=True,
+        valid_metric="auc",
+        test=labels,
+        test_protocols={"labeled": labels},
+    )
+    for order in ([context, result("SASRec")], [result("SASRec"), context]):
+        tables = result_table(order).split("\n\n")
+        assert len(tables) == 2
+        labelled, ranked = sorted(tables, key=lambda table: "protocol full" in table)
+        assert "protocol labeled" in labelled
+        ((one,), (other,)) = cells(labelled), cells(ranked)
+        assert (one["model"], one["auc"], one["logloss"]) == ("FM", "0.7500", "0.5000")
+        assert (other["model"], other["recall@10"]) == ("SASRec", "0.1010")
+
+
+# --- several ways to read one model ---
+def test_each_readout_has_a_row_with_its_own_numbers() -> None:
+    names = ("retriever", "ranker", "ranker+fusion")
+    readouts = [
+        {
+            "name": name,
+            "test": numbers(0.1 * n),
+            "test_protocols": {"full": numbers(0.1 * n), "full-masked": numbers(0.1 * n + 0.05)},
+        }
+        for n, name in enumerate(names, 1)
+    ]
+    prime = result("PRIME", backbone="tiny", train_mode="whole", rows=readouts)
+    rows = cells(result_table([prime]))
+    assert [row["model"] for row in rows] == [f"PRIME {name}" for name in names]
+    assert [row["recall@10"] for row in rows] == ["0.1010", "0.2010", "0.3010"]
+    assert {(row["backbone"], row["train mode"]) for row in rows} == {("tiny", "whole")}
+    beside = cells(result_table([prime, result("Pop", general=True)]))
+    assert [row["recall@10 masked"] for row in beside] == ["0.1510", "0.2510", "0.3510", "0.6010"]
+
+
+# --- how training ended ---
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        ({"epochs": 1, "stopped": "epochs"}, "1 ep, all epochs"),
+        ({"epochs": 31, "steps": 900, "stopped": "patience"}, "31 ep, early stop"),
+        ({"epochs": 2, "stopped": "time"}, "2 ep, time up"),
+        ({"epochs": 0, "steps": 500, "stopped": "steps"}, "500 steps, all steps"),
+        ({"epochs": 3}, "3 ep, -"),
+    ],
+)
+def test_how_training_ended(last: dict[str, Any], told: str) -> None:
+    stages = {"first": {"epochs": 99, "stopped": "epochs"}, "last": last}
+    (row,) = cells(result_table([result("A", stages=stages)]))
+    assert row["trained"] == told
+
+
+# --- what really comes out of a run ---
+def test_a_real_result_is_shown_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = {"user_inter_num_interval": "[20,40]", "topk": [10], "show_progress": False}
+    real = quick_start.run("Pop", "ml-100k", overrides=keys)
+    table = result_table([real])
+    (row,) = cells(table)
+    assert f"test on {real['test_users']} users" in table
+    for title, protocol in (("unmasked", "full"), ("masked", "full-masked")):
+        for metric in ("recall@10", "ndcg@10"):
+            assert row[f"{metric} {title}"] == f"{real['test_protocols'][protocol][metric]:.4f}"
+    assert row["trained"] == "1 ep, all epochs"
