@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from recbole_mm import compat, registry
-from recbole_mm.config import VOLATILE_KEYS, MMConfig
+from recbole_mm.config import VOLATILE_KEYS, MMConfig, parse_value
 from recbole_mm.errors import UserError, nearest
 from recbole_mm.trainer.checkpoint import write_json
 from recbole_mm.trainer.run import Run, earlier_run, newest_run
@@ -111,14 +111,8 @@ def load(
     place = Run.open(Path(folder))
     if place.state["status"] != "finished":
         raise UserError(f"--load: {folder} is not finished: go on with it by --resume={folder}.")
-    able = (EVALUATION_KEYS | VOLATILE_KEYS | {"cache_dir"}).difference(_NOT_WHEN_LOADED)
-    wrong = [key for key in overrides or {} if key not in able]
-    if wrong:
-        raise UserError(
-            f"--{wrong[0]} cannot be changed for a trained run: with --load only "
-            f"{', '.join(sorted(EVALUATION_KEYS))} can."
-        )
     settings = place.config()
+    _refuse_new_weights(settings, overrides or {})
     own = {k: v for k, v in settings.items() if k not in ("model", "dataset", "backbone_spec")}
     if (own["train_neg_sample_args"] or {}).get("distribution") == "none":
         own["train_neg_sample_args"] = None  # RecBole's Config writes a dict and takes None
@@ -129,6 +123,17 @@ def load(
         own["stages"] = [name for name in place.state["stages"] if place.is_done(name)]
     config = MMConfig(settings["model"], settings["dataset"], (), {**own, **dict(overrides or {})})
     return _work(config, place, train=False)
+
+
+def _refuse_new_weights(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    able = (EVALUATION_KEYS | VOLATILE_KEYS | {"cache_dir"}).difference(_NOT_WHEN_LOADED)
+    for key, value in overrides.items():
+        same = settings.get(key) in (value, parse_value(str(value)))
+        if key not in able and not same:
+            raise UserError(
+                f"--{key} cannot be changed for a trained run: with --load only "
+                f"{', '.join(sorted(EVALUATION_KEYS))} can."
+            )
 
 
 def _earlier_stages(config: MMConfig) -> list[str]:
