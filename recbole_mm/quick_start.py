@@ -128,7 +128,7 @@ def load(
 def _refuse_new_weights(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
     able = (EVALUATION_KEYS | VOLATILE_KEYS | {"cache_dir"}).difference(_NOT_WHEN_LOADED)
     for key, value in overrides.items():
-        same = settings.get(key) in (value, parse_value(str(value)))
+        same = parse_value(str(settings.get(key))) == parse_value(str(value))
         if key not in able and not same:
             raise UserError(
                 f"--{key} cannot be changed for a trained run: with --load only "
