@@ -3,31 +3,53 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from dataset_tools import demo, table
 from recbole_mm.errors import UserError
 
-# A converter is a module with a docstring, `add_arguments(parser)` and `run(arguments)`.
+# A converter is a module with a docstring, `add_arguments(parser)` and `run(arguments)`, which
+# returns the dataset's name.
 CONVERTERS = {
     "table": table,
     "demo": demo,
 }
+_OUT = "dataset"  # where run_recbole_mm.py looks by itself
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one converter. Returns the exit code: 0 done, 1 a user's mistake, 130 interrupted."""
     parsed = _parser().parse_args(arguments)
     try:
-        parsed.run(parsed)
+        name = parsed.run(parsed)
     except UserError as error:
+        if parsed.debug:
+            raise
         print(f"Error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted; nothing was written.", file=sys.stderr)
         return 130
+    except Exception as error:
+        if parsed.debug:
+            raise
+        print(
+            f"Error: {type(error).__name__}: {error}. If no value of yours explains it, this is a "
+            "bug of ours: --debug shows where.",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"Try: {_command(parsed.out, name)}")
     return 0
+
+
+def _command(out: str, name: str) -> str:
+    """What trains on the new dataset."""
+    words = ["python", "run_recbole_mm.py", "--model=LRURec", f"--dataset={name}"]
+    return shlex.join(words if Path(out) == Path(_OUT) else [*words, f"--data_path={out}"])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,8 +65,9 @@ def _parser() -> argparse.ArgumentParser:
             description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("--out", default="dataset", help="where datasets lie (dataset)")
+        command.add_argument("--out", default=_OUT, help=f"where datasets lie ({_OUT})")
         command.add_argument("--force", action="store_true", help="replace the whole old folder")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         converter.add_arguments(command)
         command.set_defaults(run=converter.run)
     return parser

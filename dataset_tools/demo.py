@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from recbole_mm.data.atomic import new_folder
+from recbole_mm.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,14 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=2020, help="of everything drawn (2020)")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Makes the dataset.
+def run(arguments: argparse.Namespace) -> str:
+    """Makes the dataset and returns its name.
 
     Raises:
-        UserError: the folder exists, and there is no `--force`.
+        UserError: the seed is negative, or the folder exists and there is no `--force`.
     """
     from recbole_mm.data.demo import make_demo
 
+    if arguments.seed < 0:
+        raise UserError(f"--seed is {arguments.seed}: give 0 or more.")
     name = "mm-demo-permuted" if arguments.permuted else "mm-demo"
     folder = Path(arguments.out) / name
     with (
@@ -36,4 +39,5 @@ def run(arguments: argparse.Namespace) -> None:
     ):
         make_demo(Path(place) / name, permuted=arguments.permuted, seed=arguments.seed)
         os.replace(Path(place) / name, fresh)
-    print(f"Made {folder}; try: python run_recbole_mm.py --dataset={name} --model=LRURec")
+    print(f"Made {folder}")
+    return name

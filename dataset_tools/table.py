@@ -64,13 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Makes the dataset.
+def run(arguments: argparse.Namespace) -> str:
+    """Makes the dataset and returns its name.
 
     Raises:
         UserError: a mistake in the flags or in the tables.
     """
-    name = arguments.name
+    name: str = arguments.name
     if not _NAME.fullmatch(name):
         raise UserError(f"--name '{name}': use letters, digits, '.', '_' and '-' only.")
     folder = Path(arguments.out) / name
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows = core(reading(source, mapped), *least)
     root = Path(arguments.images) if arguments.images else items.path.parent
     write_dataset(folder, _content(rows, items, root, mapped), _command(arguments), arguments.force)
-    print(f"Try: python run_recbole_mm.py --model=LRURec --dataset={name}")
+    return name
 
 
 def _command(arguments: argparse.Namespace) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from logging import getLogger
+from logging import INFO, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted; go on with --resume.", file=sys.stderr)
         return 130
+    except OSError as error:
+        if debug:
+            raise
+        what = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        print(f"Error: {what}. Is it the right place, and may you write there?", file=sys.stderr)
+        return 1
     except Exception as error:
         if debug:
             raise
@@ -114,10 +120,19 @@ def _report(results: list[dict[str, Any]], result_file: str | None) -> None:
     from recbole_mm.quick_start import write_results
     from recbole_mm.report.table import result_table
 
-    getLogger().info("\n\n" + result_table(results) + "\n")
+    _tell("\n\n" + result_table(results) + "\n")
     if result_file:
         write_results(result_file, results)
-        getLogger().info(f"Result: {result_file}")
+        _tell(f"Result: {result_file}")
+
+
+def _tell(text: str) -> None:
+    """To the log, or where that is silent or was never started, to the screen."""
+    logger = getLogger()
+    if logger.hasHandlers() and logger.isEnabledFor(INFO):
+        logger.info(text)
+    else:
+        print(text)
 
 
 def _check_writable(result_file: str) -> None:
@@ -138,30 +153,35 @@ def _load(flags: dict[str, str]) -> Iterator[dict[str, Any]]:
     folder = flags.pop("load")
     if not folder:
         raise UserError("--load needs the folder of a finished run: --load=saved/MODEL-DATASET-ID.")
-    for key in ("model", "dataset"):
-        flags.pop(key, None)
-    yield quick_start.load(folder, flags.pop("data_path", None), flags)
+    yield quick_start.load(folder, flags)
 
 
 def _train(flags: dict[str, str]) -> Iterator[dict[str, Any]]:
     from recbole_mm import quick_start  # RecBole and torch are only imported when there is work
 
     resume = flags.pop("resume", None)
-    files = flags.pop("config_files", "").replace(",", " ").split()
+    if resume:
+        flags.pop("config_files", None)  # the run knows what stood there
+        yield quick_start.go_on(resume, flags)
+        return
+    files = [name.strip() for name in flags.pop("config_files", "").split(",") if name.strip()]
     given = {**_from_files(files), **flags}
-    models = [
-        name.strip()
-        for name in str(given.get("model", _DEFAULTS["model"])).split(",")
-        if name.strip()
-    ]
+    models = _names(given.get("model", _DEFAULTS["model"]))
     dataset = str(given.get("dataset", _DEFAULTS["dataset"]))
     overrides = {k: v for k, v in flags.items() if k not in ("model", "dataset")}
-    if resume and len(models) > 1:
-        raise UserError("--resume=RUN_DIR goes on with one run: name one model.")
     for model in models:  # a mistake in the last name should not cost the training of the first
         quick_start.check(model, dataset, files, overrides)
     for model in models:
-        yield quick_start.run(model, dataset, files, overrides, resume, len(models) > 1)
+        yield quick_start.run(model, dataset, files, overrides, resume == "", len(models) > 1)
+
+
+def _names(models: Any) -> list[str]:
+    """`A,B` on the command line, `[A, B]` or `A,B` in YAML."""
+    words = models if isinstance(models, list) else str(models).strip("[]").split(",")
+    names = [str(word).strip() for word in words if str(word).strip()]
+    if not names:
+        raise UserError("--model names no model: write --model=PRIME, or several with commas.")
+    return names
 
 
 def _from_files(files: Sequence[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,8 @@ import yaml
 from recbole_mm import compat
 from recbole_mm.errors import UserError, nearest
 from recbole_mm.paths import properties_dir, property_file, recipe_or_path
-from recbole_mm.registry import get_model
+from recbole_mm.registry import MENDED, MODELS, get_model, model_names, zoo_models
+from recbole_mm.stage import STAGE_KEYS
 
 compat.require_recbole()
 compat.restore_numpy_aliases()
@@ -25,22 +27,8 @@ compat.restore_numpy_aliases()
 from recbole.config import Config  # noqa: E402
 from recbole.utils import ModelType  # noqa: E402
 
-from recbole_mm.config_checks import check_all  # noqa: E402
+from recbole_mm.config_checks import NULL_KEYS, check_all, check_values, convert  # noqa: E402
 
-# Keys whose default is `~` and which therefore have no type of their own.
-NULL_KEYS: dict[str, tuple[type, ...]] = {
-    "clip_grad_norm": (dict,),
-    "rm_dup_inter": (str,),
-    "val_interval": (dict,),
-    "threshold": (dict,),
-    "benchmark_filename": (list,),
-    "train_neg_sample_args": (dict,),
-    "selected_features": (list,),
-    "limit_users": (int,),
-    "stages": (list,),
-}
-# Keys that cannot be switched off by `None`.
-NEEDED_KEYS = ("metrics", "valid_metric", "topk", "eval_args")
 # Keys that name the run itself or that RecBole reads without giving them a default.
 RUN_KEYS = frozenset(
     [
@@ -109,7 +97,19 @@ VOLATILE_KEYS = frozenset(
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads `1e-3` as a number, as RecBole's does."""
+    """Safe YAML that reads `1e-3` as a number, as RecBole's does, and a key only once."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key '{key.value}' stands here a second time",
+                    problem_mark=key.start_mark,
+                )
+            seen.add(key.value)
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -129,7 +129,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        UserError: it is not readable YAML, or no mapping.
+        UserError: it is not readable YAML, or no mapping of texts to values.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -140,10 +140,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}{line}: this is not valid YAML ({getattr(error, 'problem', error)})."
         ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: byte {error.start + 1} is not UTF-8, save the file as UTF-8."
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: it cannot be read ({error.strerror}).") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected `key: value` lines, found a {type(content).__name__}.")
+    for key in content:
+        if not isinstance(key, str):
+            raise UserError(
+                f"{path}: the key {key!r} is no name (unquoted, yes, no, on and off are True and "
+                "False)."
+            )
     return content
 
 
@@ -171,76 +183,38 @@ def _our_keys() -> frozenset[str]:
     return frozenset(found)
 
 
-def _as_list(value: Any) -> list[Any] | None:
-    if isinstance(value, str):  # also [a,b], which is no Python list
-        words = value.strip().removeprefix("[").removesuffix("]").split(",")
-        return [word.strip() for word in words if word.strip()]
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    return [value] if isinstance(value, int) and not isinstance(value, bool) else None
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """One layer over another: keys replace each other, but `eval_args` keeps what the upper layer
+    leaves out; else RecBole would fill it in with a random split."""
+    both = {**below, **above}
+    if isinstance(below.get("eval_args"), dict) and isinstance(above.get("eval_args"), dict):
+        both["eval_args"] = {**below["eval_args"], **above["eval_args"]}
+    return both
 
 
-def _as_int(value: Any) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
-        return None
-    return int(value)
+def _is_model(name: str) -> bool:
+    """Whether a model is called so, without importing all of them."""
+    path = zoo_models().get(name.lower())
+    if name in MODELS or name in MENDED or path is None:
+        return name in MODELS or name in MENDED
+    try:
+        return hasattr(importlib.import_module(path), name)
+    except ImportError:  # its own package is not installed
+        return True
 
 
-def _as_float(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _as_bool(value: Any) -> bool | None:
-    return value if isinstance(value, bool) else None
-
-
-def _as_str(value: Any) -> str | None:
-    return None if value is None or isinstance(value, (bool, dict)) else str(value)
-
-
-def _as_dict(value: Any) -> dict[str, Any] | None:
-    return value if isinstance(value, dict) else None
-
-
-_TYPE_NAMES = {
-    bool: "True or False",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    list: "a list",
-    dict: "a dict",
-}
-_CONVERT = {
-    bool: _as_bool,
-    int: _as_int,
-    float: _as_float,
-    str: _as_str,
-    list: _as_list,
-    dict: _as_dict,
-}
-
-
-def convert(key: str, value: Any, default: Any) -> Any:
-    """`value` in the type of the key's YAML default.
-
-    Raises:
-        UserError: it cannot be read so.
-    """
-    if default is None:
-        allowed = NULL_KEYS.get(key)
-        if allowed == (list,) and isinstance(value, (str, tuple)):
-            return _as_list(value)
-        if value is None or allowed is None or isinstance(value, allowed):
-            return value
-        raise UserError(f"{key}: expected {_TYPE_NAMES[allowed[0]]} or None, got {value!r}.")
-    if value is None and isinstance(default, (dict, str, list)) and key not in NEEDED_KEYS:
-        return None  # RecBole's way to switch such a key off
-    converted = _CONVERT[type(default)](value) if type(default) in _CONVERT else value
-    if converted is None:
-        raise UserError(
-            f"{key}: expected {_TYPE_NAMES[type(default)]} such as {default!r}, got {value!r}."
-        )
-    return converted
+def _own_keys(path: Path, per_model: Any, model: str) -> dict[str, Any]:
+    """What a file's `per_model` holds for one model."""
+    if not isinstance(per_model, dict):
+        raise UserError(f"{path}: per_model: expected `Model: {{key: value}}`, got {per_model!r}.")
+    for name, keys in per_model.items():
+        if not _is_model(str(name)):
+            raise UserError(
+                f"{path}: per_model: there is no model '{name}'{nearest(str(name), model_names())}."
+            )
+        if not isinstance(keys, dict):
+            raise UserError(f"{path}: per_model: {name}: expected {{key: value}}, got {keys!r}.")
+    return per_model.get(model) or {}
 
 
 class MMConfig(Config):
@@ -254,7 +228,13 @@ class MMConfig(Config):
 
     Raises:
         UserError: an unknown model or key, a value of the wrong type, an impossible combination.
+
+    Attributes:
+        warnings: a sentence for each flag, or file, with keys that only other models have.
     """
+
+    internal_config_dict: dict[str, Any]
+    external_config_dict: dict[str, Any]
 
     def __init__(
         self,
@@ -263,9 +243,15 @@ class MMConfig(Config):
         config_files: Iterable[str] = (),
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
-        self._files, self._name = [str(recipe_or_path(name)) for name in config_files], model
+        if not dataset or Path(dataset).name != dataset:
+            raise UserError(
+                f"--dataset: '{dataset}' is no name: --dataset is a name; its place is --data_path."
+            )
+        self._name, self._file_of = model, dict[str, str]()
+        self.warnings: list[str] = []
+        files = [str(recipe_or_path(name)) for name in config_files]
         try:
-            super().__init__(model, dataset, self._files, dict(overrides or {}))
+            super().__init__(model, dataset, files, dict(overrides or {}))
         except (ValueError, TypeError, NotImplementedError, RuntimeError, AssertionError) as error:
             raise UserError(f"{model} on {dataset}: {error}") from error
         check_all(self.model, self.model_class, self.final_config_dict)
@@ -282,13 +268,20 @@ class MMConfig(Config):
         """Files in their order; `per_model: {SASRec: {...}}` holds what is for one model alone."""
         merged: dict[str, Any] = {}
         for file in file_list:
-            merged.update(self._for_this_model(Path(file)))
+            content = self._for_this_model(Path(file))
+            self._file_of.update(dict.fromkeys(content, file))
+            merged = _over(merged, content)
         return merged
+
+    def _merge_external_config_dict(self) -> None:
+        self.external_config_dict = _over(self.file_config_dict, self.variable_config_dict)
 
     def _for_this_model(self, path: Path) -> dict[str, Any]:
         content = read_yaml(path)
-        own = (content.pop("per_model", None) or {}).get(self._name) or {}
-        return {**content, **own}
+        per_model = content.pop("per_model", None)
+        return (
+            content if per_model is None else _over(content, _own_keys(path, per_model, self._name))
+        )
 
     def _convert_config_dict(self, config_dict: dict[str, Any]) -> dict[str, Any]:
         return {k: parse_value(v) if isinstance(v, str) else v for k, v in config_dict.items()}
@@ -308,12 +301,16 @@ class MMConfig(Config):
         self._lay_backbone(self._for_this_model(dataset_file) if dataset_file else {})
         self._lay(dataset_file)
         self._suit_model_type(model_class, recbole_own)
-        self._settle_keys()
+        self._settle_keys(model_class)
+        check_values(
+            model, model_class, _over(self.internal_config_dict, self.external_config_dict)
+        )
 
     # --- our layers
     def _lay(self, path: Path | None) -> None:
         if path is not None:
-            self.internal_config_dict.update(self._for_this_model(path))
+            above = self._for_this_model(path)
+            self.internal_config_dict = _over(self.internal_config_dict, above)
 
     def _lay_backbone(self, dataset_yaml: Mapping[str, Any]) -> None:
         """The backbone's own settings stand above the model's YAML and below the dataset's."""
@@ -340,21 +337,29 @@ class MMConfig(Config):
         }:  # RecBole's sample.yaml: no time
             internal["load_col"] = {"inter": ["user_id", "item_id", "timestamp"]}
 
-    def _settle_keys(self) -> None:
+    def _settle_keys(self, model_class: Any) -> None:
         """Checks the names and types of everything the user set."""
-        known = {*self.internal_config_dict, *_our_keys(), *RUN_KEYS, *NULL_KEYS}
-        for arguments in self.parameters.values():
-            known.update(arguments)
-        for key, value in self.external_config_dict.items():
-            if key not in known:
-                raise UserError(
-                    f"{self._where(key)}: there is no key '{key}'{nearest(key, known)}."
-                )
-            default = self.internal_config_dict.get(key)
-            self.external_config_dict[key] = convert(key, value, default)
+        internal, external = self.internal_config_dict, self.external_config_dict
+        of_stages = _stage_keys(model_class)
+        own = {*internal, *RUN_KEYS, *NULL_KEYS, *of_stages}
+        own.update(*self.parameters.values())
+        idle: dict[str, list[str]] = {}  # flag or file -> keys
+        for key, value in external.items():
+            where = self._where(key)
+            if key not in own and key not in _our_keys():
+                raise UserError(f"{where}: {self._name} has no key '{key}'{nearest(key, own)}.")
+            if key not in own:
+                idle.setdefault(where, []).append(key)
+            external[key] = convert(key, value, internal.get(key, of_stages.get(key)))
+        self.warnings += [
+            f"{where}: changes nothing, only models other than {self._name} have {', '.join(keys)}."
+            for where, keys in idle.items()
+        ]
+        if "eval_args" in external:
+            external["eval_args"] = _over(internal, external)["eval_args"]
 
     def _where(self, key: str) -> str:
-        return f"--{key}" if key in self.variable_config_dict else (self._files or ["config"])[-1]
+        return f"--{key}" if key in self.variable_config_dict else self._file_of[key]
 
     # --- what others read
     @property
@@ -367,6 +372,13 @@ class MMConfig(Config):
             return str(self["eval_candidates"])
         return "full-masked" if self["mask_history"] else "full"
 
+    @property
+    def split(self) -> str:
+        """How interactions are split and ordered, e.g. LS/TO: each user's last ones by time."""
+        if self["benchmark_filename"]:
+            return "ready-made"
+        return f"{next(iter(self['eval_args']['split']))}/{self['eval_args']['order']}"
+
     def settings(self) -> dict[str, Any]:
         """What the experiment depends on, as plain values: goes into `config.yaml` and the hash."""
         plain = {k: _plain(v) for k, v in self.final_config_dict.items() if k not in VOLATILE_KEYS}
@@ -377,6 +389,12 @@ class MMConfig(Config):
         """The first 12 hex digits of the SHA-256 of `settings()`."""
         text = json.dumps(self.settings(), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _stage_keys(model_class: Any) -> dict[str, Any]:
+    """`<stage>_<key>` of a model that trains in stages, each with a value of its type."""
+    stages = model_class.stage_names if hasattr(model_class, "make_stages") else ()
+    return {f"{stage}_{key}": value for stage in stages for key, value in STAGE_KEYS.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -6,16 +6,34 @@ experiment's.
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from collections.abc import Mapping
+from math import inf
 from typing import Any
 
 from recbole.evaluator import metric_types
 from recbole.evaluator.register import metric_information
 from recbole.utils import EvaluatorType, ModelType
 
-from recbole_mm.errors import UserError
+from recbole_mm.errors import UserError, nearest
 
 Final = Mapping[str, Any]
+
+# Keys whose default is `~` and which therefore have no type of their own.
+NULL_KEYS: dict[str, tuple[type, ...]] = {
+    "clip_grad_norm": (dict,),
+    "rm_dup_inter": (str,),
+    "val_interval": (dict,),
+    "threshold": (dict,),
+    "benchmark_filename": (list,),
+    "train_neg_sample_args": (dict,),
+    "selected_features": (list,),
+    "limit_users": (int,),
+    "stages": (list,),
+}
+# Keys that cannot be switched off by `None`.
+NEEDED_KEYS = ("metrics", "valid_metric", "topk", "eval_args")
 
 PICKLE_KEYS = ("save_dataset", "dataset_save_path", "save_dataloaders", "dataloaders_save_path")
 EVAL_CANDIDATES = ("full", "cand20", "cand100")
@@ -28,7 +46,199 @@ _POSITIVE = (
     "MAX_ITEM_LIST_LENGTH",
 )
 _POSITIVE_STAGED = ("eval_step",)
-_POSITIVE_OF_STAGE = ("epochs", "learning_rate", "batch_size", "accumulate")
+_POSITIVE_OF_STAGE = ("epochs", "learning_rate", "batch_size", "accumulate", "eval_step")
+_NOT_NEGATIVE_OF_STAGE = ("max_steps", "warmup_steps", "eval_every", "valid_users", "clip_norm")
+_NOT_NEGATIVE = ("seed", "worker")
+_SIZES = ("hidden_size", "n_layers", "n_heads", "inner_size", "embedding_size")
+# What one target among candidates can be measured by.
+_OF_CANDIDATES = ("recall", "hit", "precision", "mrr", "map", "ndcg")
+
+
+# ---------------------------------------------------------------- types
+
+
+def _as_list(value: Any) -> list[Any] | None:
+    if isinstance(value, str):  # also [a,b], which is no Python list
+        words = value.strip().removeprefix("[").removesuffix("]").split(",")
+        return [word.strip() for word in words if word.strip()]
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _as_int(value: Any) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value % 1 != 0:
+        return None  # also of an infinite one, whose remainder is NaN
+    return int(value)
+
+
+def _as_float(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _as_bool(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _as_str(value: Any) -> str | None:
+    return None if value is None or isinstance(value, (bool, dict)) else str(value)
+
+
+def _as_dict(value: Any) -> dict[str, Any] | None:
+    return value if isinstance(value, dict) else None
+
+
+_TYPE_NAMES = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "a dict",
+}
+_CONVERT = {
+    bool: _as_bool,
+    int: _as_int,
+    float: _as_float,
+    str: _as_str,
+    list: _as_list,
+    dict: _as_dict,
+}
+
+
+def convert(key: str, value: Any, default: Any) -> Any:
+    """`value` in the type of the key's YAML default.
+
+    Raises:
+        UserError: it cannot be read so.
+    """
+    if default is None:
+        allowed = NULL_KEYS.get(key)
+        if allowed == (list,) and isinstance(value, (str, tuple)):
+            return _as_list(value)
+        is_true = isinstance(value, bool)  # to Python an int too
+        if value is None or allowed is None or (isinstance(value, allowed) and not is_true):
+            return value
+        raise UserError(f"{key}: expected {_TYPE_NAMES[allowed[0]]} or None, got {value!r}.")
+    if value is None and isinstance(default, (dict, str, list)) and key not in NEEDED_KEYS:
+        return None  # RecBole's way to switch such a key off
+    if "dropout" in key and isinstance(default, int):
+        default = float(default)  # some of RecBole's YAML say 0
+    converted = _CONVERT[type(default)](value) if type(default) in _CONVERT else value
+    if converted is None:
+        raise UserError(
+            f"{key}: expected {_TYPE_NAMES[type(default)]} such as {default!r}, got {value!r}."
+        )
+    return converted
+
+
+# ---------------------------------------------------------------- single values
+
+
+def check_values(model: str, model_class: Any, given: Final) -> None:
+    """Checks values that RecBole's own configuration would trip over or take silently.
+
+    Args:
+        model: its name.
+        model_class: its class.
+        given: every key, of the right type, before RecBole settles them.
+
+    Raises:
+        UserError: the first value that cannot work.
+    """
+    _check_numbers(given)
+    _check_names_of_metrics(given)
+    _check_eval_args(given["eval_args"])
+    _check_intervals(given)
+    _check_loss(model, model_class, given)
+    if given["log_wandb"] and importlib.util.find_spec("wandb") is None:
+        raise UserError("log_wandb: the package 'wandb' is missing, install it or leave this off.")
+
+
+def _check_numbers(given: Final) -> None:
+    for key, value in given.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and key in _SIZES and not value >= 1:
+            raise UserError(f"{key}: it must be 1 or more, got {value}.")
+        if is_number and key in _NOT_NEGATIVE and not 0 <= value < 2**32:
+            raise UserError(f"{key}: it must be 0 or more and below 2^32, got {value}.")
+        for part in value if isinstance(value, list) else [value]:
+            if "dropout" in key and isinstance(part, (int, float)) and not 0 <= part < 1:
+                raise UserError(f"{key}: a probability is at least 0 and below 1, got {part}.")
+
+
+def _check_names_of_metrics(given: Final) -> None:
+    for key, example in (("metrics", "NDCG"), ("topk", "10")):
+        if not given[key]:
+            raise UserError(f"{key}: name at least one, such as {example}.")
+    for metric in given["metrics"]:
+        if str(metric).lower() not in metric_types:
+            raise UserError(
+                f"metrics: there is no metric '{metric}'{nearest(str(metric), metric_types)}; "
+                f"known are {', '.join(metric_types)}."
+            )
+    for k in given["topk"]:
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise UserError(f"topk: expected whole numbers above 0 such as [5, 10], got {k!r}.")
+
+
+def _check_eval_args(eval_args: Mapping[str, Any]) -> None:
+    known = ("split", "order", "group_by", "mode")
+    for key in eval_args:
+        if key not in known:
+            raise UserError(
+                f"eval_args: there is no '{key}' in it{nearest(str(key), known)}, only "
+                f"{', '.join(known)}."
+            )
+    split = eval_args["split"]
+    if not (isinstance(split, dict) and len(split) == 1 and _is_split(*next(iter(split.items())))):
+        raise UserError(
+            "eval_args: split: expected {'LS': 'valid_and_test'} or {'RS': [0.8, 0.1, 0.1]} "
+            f"(or TS), got {split!r}."
+        )
+    if eval_args["order"] not in ("TO", "RO"):
+        raise UserError(f"eval_args: order: it is TO or RO, got {eval_args['order']!r}.")
+    if str(eval_args.get("group_by")).lower() not in ("user", "none"):
+        raise UserError(f"eval_args: group_by: it is user or none, got {eval_args['group_by']!r}.")
+    mode = eval_args["mode"]
+    if not isinstance(mode, str) and not (isinstance(mode, dict) and {*mode} <= {"valid", "test"}):
+        raise UserError(f"eval_args: mode: expected full, got {mode!r}.")
+
+
+def _is_split(kind: Any, how: Any) -> bool:
+    if kind == "LS":
+        return how in ("valid_and_test", "valid_only", "test_only")
+    is_list = kind in ("RS", "TS") and isinstance(how, list) and len(how) == 3
+    return (
+        is_list
+        and all(isinstance(part, (int, float)) and part >= 0 for part in how)
+        and sum(how) > 0
+    )
+
+
+def _check_intervals(given: Final) -> None:
+    intervals = {k: v for k, v in given.items() if k.endswith("_num_interval")}
+    for key, value in intervals.items():
+        if value is not None and not all(map(_is_interval, str(value).split(";"))):
+            raise UserError(f"{key}: expected an interval such as '[5,inf)', got {value!r}.")
+
+
+def _is_interval(text: str) -> bool:
+    ends = re.fullmatch(r"[\[(]([^,]+),([^,]+)[\])]", text.strip())
+    try:
+        return ends is not None and float(ends[1]) <= float(ends[2])
+    except ValueError:
+        return False
+
+
+def _check_loss(model: str, model_class: Any, given: Final) -> None:
+    loss = given.get("loss_type")
+    chosen = model_class.type == ModelType.SEQUENTIAL and not hasattr(model_class, "input_type")
+    if chosen and loss not in ("CE", "BPR"):
+        raise UserError(f"loss_type: {model} knows CE and BPR, not {loss!r}.")
+
+
+# ---------------------------------------------------------------- combinations
 
 
 def check_all(model: str, model_class: Any, final: Final) -> None:
@@ -49,7 +259,7 @@ def check_all(model: str, model_class: Any, final: Final) -> None:
     _check_protocol(model, model_class, final)
     _check_train_mode(model, model_class, final)
     _check_stages(model, model_class, stages, final)
-    _check_clipping(model, model_class, final)
+    _check_clipping(model, model_class, stages, final)
     _check_learner(model, model_class, final)
     _check_backbone(final)
 
@@ -73,8 +283,11 @@ def _check_positive(model_class: Any, stages: tuple[str, ...], final: Final) -> 
         keys += [f"{stage}_{key}" for stage in stages for key in _POSITIVE_OF_STAGE]
     for key in keys:
         value = final.get(key)
-        if value is not None and not (isinstance(value, (int, float)) and value > 0):
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value < inf):
             raise UserError(f"{key}: it must be a number above 0, got {value!r}.")
+    for key in (f"{stage}_{key}" for stage in stages for key in _NOT_NEGATIVE_OF_STAGE):
+        if (final.get(key) or 0) < 0:
+            raise UserError(f"{key}: it must be 0 (off) or more, got {final[key]}.")
 
 
 # ---------------------------------------------------------------- evaluation
@@ -130,11 +343,8 @@ def _check_protocol(model: str, model_class: Any, final: Final) -> None:
             f"eval_candidates: '{final['eval_candidates']}' is none of "
             f"{', '.join(EVAL_CANDIDATES)}."
         )
-    if "labeled" in modes and final["eval_candidates"] != "full":
-        raise UserError(
-            f"eval_candidates: {model} is evaluated on labels and ranks no candidates, leave it "
-            "out or set ranking metrics and eval_args with mode: full."
-        )
+    if final["eval_candidates"] != "full":
+        _check_candidates(model, final)
     if final.get("benchmark_filename") and final["mask_history"]:
         raise UserError(
             "mask_history needs everything that each user did, which a ready-made split does not "
@@ -146,6 +356,29 @@ def _check_protocol(model: str, model_class: Any, final: Final) -> None:
             f"eval_args: {model} reads sequences, which have an order in time: set order: TO, "
             f"not {order}."
         )
+
+
+def _check_candidates(model: str, final: Final) -> None:
+    eval_args, ready_made = final["eval_args"], final.get("benchmark_filename")
+    if "labeled" in eval_args["mode"].values():
+        raise UserError(
+            f"eval_candidates: {model} is evaluated on labels and ranks no candidates, leave it "
+            "out or set ranking metrics and eval_args with mode: full."
+        )
+    if ready_made or "LS" not in eval_args["split"]:
+        mend = (
+            "leave out benchmark_filename" if ready_made else "set split: {'LS': 'valid_and_test'}"
+        )
+        raise UserError(
+            "eval_candidates: a list holds the one target of a user, which this split does not "
+            f"give: set eval_candidates: full or {mend}."
+        )
+    for metric in final["metrics"]:
+        if metric.lower() not in _OF_CANDIDATES:
+            raise UserError(
+                f"metrics: {metric} is not defined on the candidate lists of eval_candidates, use "
+                f"{', '.join(_OF_CANDIDATES)}."
+            )
 
 
 # ---------------------------------------------------------------- training
@@ -166,19 +399,23 @@ def _check_stages(model: str, model_class: Any, stages: tuple[str, ...], final: 
             raise UserError(f"stages: '{name}' is no stage of {model} ({', '.join(stages)}).")
 
 
-def _check_clipping(model: str, model_class: Any, final: Final) -> None:
-    clip = final.get("clip_grad_norm")
-    if not clip:
-        return
+def _check_clipping(model: str, model_class: Any, stages: tuple[str, ...], final: Final) -> None:
+    for key in ("clip_grad_norm", *(f"{stage}_clip_grad_norm" for stage in stages)):
+        norm = key.replace("clip_grad_norm", "clip_norm")
+        if final.get(key) and final.get(norm) and key != "clip_grad_norm":
+            raise UserError(f"{key}: {norm}: {final[norm]} stands above it, set that.")
+        if final.get(key):
+            _check_clip(key, model, model_class, final[key])
+
+
+def _check_clip(key: str, model: str, model_class: Any, clip: Mapping[str, Any]) -> None:
     largest = clip.get("max_norm")
     if not (isinstance(largest, (int, float)) and largest > 0):
         raise UserError(
-            f"clip_grad_norm: {clip} has no max_norm above 0, write {{'max_norm': 5.0}} instead."
+            f"{key}: {clip} has no max_norm above 0, write {{'max_norm': 5.0}} instead."
         )
     if _is_staged(model_class) and clip.get("norm_type", 2) != 2:
-        raise UserError(
-            f"clip_grad_norm: {model} clips the L2 norm, leave norm_type out of {clip}."
-        )
+        raise UserError(f"{key}: {model} clips the L2 norm, leave norm_type out of {clip}.")
 
 
 def _check_learner(model: str, model_class: Any, final: Final) -> None:

@@ -23,7 +23,7 @@ from recbole_mm import compat, registry
 from recbole_mm.config import VOLATILE_KEYS, MMConfig, parse_value
 from recbole_mm.errors import UserError, nearest
 from recbole_mm.trainer.checkpoint import write_json
-from recbole_mm.trainer.run import Run, earlier_run, newest_run
+from recbole_mm.trainer.run import Run, check_same, earlier_run, newest_run
 
 # What a trained run can be evaluated with, beside the keys that change no number at all.
 _MEASURES = ("mask_history", "eval_candidates", "metrics", "topk", "valid_metric")
@@ -56,7 +56,7 @@ def run(
     dataset: str,
     config_files: Iterable[str] = (),
     overrides: Mapping[str, Any] | None = None,
-    resume: str | None = None,
+    resume: bool = False,
     one_of_several: bool = False,
 ) -> dict[str, Any]:
     """Trains and tests one model.
@@ -66,8 +66,7 @@ def run(
         dataset: a folder under `data_path`.
         config_files: YAML files or recipes.
         overrides: keys of the configuration; strings are parsed as flags are.
-        resume: "" goes on with the newest unfinished run of this configuration, a folder with that
-            one.
+        resume: go on with the newest unfinished run of this configuration.
         one_of_several: with `resume`, a finished run gives its stored result and a missing one is
             started.
 
@@ -78,12 +77,28 @@ def run(
         UserError: a mistake in names, keys, values or data.
     """
     config = MMConfig(model, dataset, config_files, overrides)
-    if resume == "" and one_of_several:
+    if resume and one_of_several:
         newest = newest_run(config)
         if newest and newest.state["status"] == "finished":
             return dict(json.loads((newest.folder / "result.json").read_text(encoding="utf-8")))
-        resume = resume if newest else None
+        resume = newest is not None
     return _work(config, earlier_run(config, resume, _earlier_stages(config)), train=True)
+
+
+def go_on(folder: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Goes on with one run, in the configuration that it was started with.
+
+    Args:
+        folder: `saved/<model>-<dataset>-<id>`.
+        overrides: keys that change no number, and `stages`.
+
+    Raises:
+        UserError: there is no such run, or a key differs from the run's.
+    """
+    place = Run.open(Path(folder))
+    config = _config_of(place, overrides or {})
+    check_same(place, config)
+    return _work(config, place, train=True)
 
 
 def check(
@@ -95,15 +110,13 @@ def check(
         ensure_dataset(config)
 
 
-def load(
-    folder: str, data_path: str | None = None, overrides: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def load(folder: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Evaluates a finished run again; its folder stays as it is.
 
     Args:
         folder: `saved/<model>-<dataset>-<id>`.
-        data_path: where the datasets are, if not where they were.
-        overrides: keys that change no weights: `EVALUATION_KEYS` and those of the machine.
+        overrides: keys that change no weights: `EVALUATION_KEYS` and those of the machine, such as
+            `data_path`, when the data are not where they were.
 
     Raises:
         UserError: there is no such run, it is not finished, or a key would change its weights.
@@ -111,23 +124,37 @@ def load(
     place = Run.open(Path(folder))
     if place.state["status"] != "finished":
         raise UserError(f"--load: {folder} is not finished: go on with it by --resume={folder}.")
+    _refuse_new_weights(place.config(), overrides or {})
+    stages = {}
+    if getattr(registry.get_model(place.config()["model"]), "stage_names", ()):
+        stages["stages"] = [name for name in place.state["stages"] if place.is_done(name)]
+    return _work(_config_of(place, {**stages, **(overrides or {})}), place, train=False)
+
+
+def _config_of(place: Run, overrides: Mapping[str, Any]) -> MMConfig:
+    """The configuration of a run, with some keys laid over it."""
     settings = place.config()
-    _refuse_new_weights(settings, overrides or {})
     own = {k: v for k, v in settings.items() if k not in ("model", "dataset", "backbone_spec")}
     if (own["train_neg_sample_args"] or {}).get("distribution") == "none":
         own["train_neg_sample_args"] = None  # RecBole's Config writes a dict and takes None
-    place_of_data = data_path or place.state.get("data_path")
-    if place_of_data:
-        own["data_path"] = place_of_data
-    if getattr(registry.get_model(settings["model"]), "stage_names", ()):
-        own["stages"] = [name for name in place.state["stages"] if place.is_done(name)]
-    config = MMConfig(settings["model"], settings["dataset"], (), {**own, **dict(overrides or {})})
-    return _work(config, place, train=False)
+    if place.state.get("data_path"):
+        own["data_path"] = place.state["data_path"]
+    own["checkpoint_dir"] = str(place.folder.parent)
+    flags = {k: v for k, v in overrides.items() if k not in ("model", "dataset")}
+    for key in ("model", "dataset"):
+        if overrides.get(key, settings[key]) != settings[key]:
+            raise UserError(
+                f"--{key} is {overrides[key]}, but {place.folder} is a run of {settings[key]}: "
+                f"leave --{key} out."
+            )
+    return MMConfig(settings["model"], settings["dataset"], (), {**own, **flags})
 
 
 def _refuse_new_weights(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
     able = (EVALUATION_KEYS | VOLATILE_KEYS | {"cache_dir"}).difference(_NOT_WHEN_LOADED)
     for key, value in overrides.items():
+        if key in ("model", "dataset") or key.endswith("_valid_metric"):
+            continue
         same = parse_value(str(settings.get(key))) == parse_value(str(value))
         if key not in able and not same:
             raise UserError(
@@ -148,6 +175,8 @@ def _work(config: MMConfig, place: Run | None, train: bool) -> dict[str, Any]:
     _reset_peak_memory(config["device"])
     _start_logging(config)
     logger = getLogger()
+    for warning in config.warnings:
+        logger.warning(warning)
     data = prepare_data(config)
     model = build_model(config, data)
     if place is None:  # not sooner: a mistake in data or model leaves no empty run behind
@@ -340,6 +369,7 @@ def _result(
         "seed": config["seed"],
         "train_mode": config["train_mode"],
         "protocol": config.protocol,
+        "split": config.split,
         "general": config["MODEL_TYPE"] != ModelType.SEQUENTIAL,
         "limit_users": config["limit_users"],
         "valid_metric": metric,

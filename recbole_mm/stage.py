@@ -37,6 +37,27 @@ class StageSettings:
     valid_users: int | None = None  # validate on a seeded sample of this many users; None: all
 
 
+# Plain keys of the configuration that a stage can have its own of: the stage `ranker` reads
+# `ranker_learning_rate` before `learning_rate`. Beside each a value of its type; 0 is off.
+STAGE_KEYS: dict[str, Any] = {
+    "epochs": 1,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.0,
+    "adam_eps": 1e-8,
+    "max_steps": 0,
+    "accumulate": 1,
+    "clip_norm": 0.0,
+    "clip_grad_norm": {"max_norm": 5.0},
+    "schedule": "constant",
+    "warmup_steps": 0,
+    "eval_every": 0,
+    "eval_step": 1,
+    "stopping_step": 10,
+    "valid_metric": "NDCG@10",
+    "valid_users": 0,
+}
+
+
 @dataclass(frozen=True)
 class StageContext:
     """What the trainer hands to a stage: data the model has not seen at construction."""

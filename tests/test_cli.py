@@ -98,6 +98,19 @@ def test_several_models_give_one_table_and_a_list(
     assert results[1]["stages"]["train"]["steps"] > 0
 
 
+def test_metrics_of_whole_lists_and_of_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    metrics = "--metrics=['Recall','ItemCoverage','GiniIndex','AveragePopularity','TailPercentage']"
+    flags = [metrics, "--valid_metric=Recall@10", "--result_file=r.json", *SMALL]
+    assert main(["--model=Pop", *flags]) == 0
+    test = json.loads((tmp_path / "r.json").read_text())["test"]
+    assert 0 < test["itemcoverage@10"] < 0.2  # every user gets much the same popular items
+    assert test["giniindex@10"] > 0.9
+    assert test["averagepopularity@10"] > 10
+
+
 def test_candidates_are_the_same_for_every_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

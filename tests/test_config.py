@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
+from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 import torch
 
-from recbole_mm.config import MMConfig, convert, parse_value, read_yaml, resolve_backbone
-from recbole_mm.config_checks import measured
+from recbole_mm.config import MMConfig, parse_value, read_yaml, resolve_backbone
+from recbole_mm.config_checks import convert, measured
+from recbole_mm.data.candidates import rank_metrics
 from recbole_mm.errors import UserError
 from recbole_mm.paths import properties_dir
+from recbole_mm.stage import STAGE_KEYS
+from recbole_mm.trainer.settings import stage_settings
 
 # isort: split
 from recbole.evaluator import Evaluator, metric_types
@@ -58,7 +64,7 @@ def test_a_recipe_may_hold_keys_of_one_model(tmp_path: Path) -> None:
     assert MMConfig("SASRec", "ml-100k", [str(file)])["train_mode"] == "whole"
     assert MMConfig("BERT4Rec", "ml-100k", [str(file)])["train_mode"] == "prefix"
     file.write_text("per_model:\n  SASRec: {train_mod: whole}\n")
-    with pytest.raises(UserError, match="no key 'train_mod'"):
+    with pytest.raises(UserError, match=r"table.yaml: SASRec has no key 'train_mod'"):
         MMConfig("SASRec", "ml-100k", [str(file)])
 
 
@@ -76,13 +82,32 @@ def test_backbone_settings_stand_between_model_and_dataset() -> None:
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        ({"epoch": "3"}, r"--epoch: there is no key 'epoch' \(did you mean 'epochs'\?\)"),
+        ({"epoch": "3"}, r"--epoch: SASRec has no key 'epoch' \(did you mean 'epochs'\?\)"),
         ({"epochs": "many"}, "epochs: expected a whole number such as .*, got 'many'"),
         ({"epochs": "True"}, "epochs: expected a whole number"),
         ({"learning_rate": "[1]"}, "learning_rate: expected a number"),
         ({"mask_history": "maybe"}, "mask_history: expected True or False"),
         ({"limit_users": "few"}, "limit_users: expected a whole number or None"),
-        ({"metrics": "Foo"}, "There is no metric named 'Foo'"),
+        ({"metrics": "Foo"}, "metrics: there is no metric 'Foo'; known are .*, ndcg"),
+        ({"metrics": "NDGC"}, r"no metric 'NDGC' \(did you mean 'ndcg'\?\)"),
+        ({"metrics": "[]"}, "metrics: name at least one, such as NDCG"),
+        ({"topk": "[]"}, "topk: name at least one, such as 10"),
+        ({"topk": "abc"}, "topk: expected whole numbers above 0 .* got 'abc'"),
+        ({"topk": "[5,10.5]"}, "topk: expected whole numbers above 0 .* got 10.5"),
+        ({"topk": "[0]"}, "topk: expected whole numbers above 0 .* got 0"),
+        ({"epochs": "1e999"}, "epochs: expected a whole number such as .*, got inf"),
+        ({"learning_rate": "1e999"}, "learning_rate: it must be a number above 0, got inf"),
+        ({"seed": "-1"}, r"seed: it must be 0 or more and below 2\^32, got -1"),
+        ({"worker": "-1"}, "worker: it must be 0 or more"),
+        ({"hidden_size": "0"}, "hidden_size: it must be 1 or more, got 0"),
+        ({"n_heads": "-2"}, "n_heads: it must be 1 or more, got -2"),
+        ({"hidden_dropout_prob": "1"}, "hidden_dropout_prob: a probability is .* got 1"),
+        ({"attn_dropout_prob": "-0.1"}, "attn_dropout_prob: a probability is"),
+        ({"loss_type": "FOO"}, "loss_type: SASRec knows CE and BPR, not 'FOO'"),
+        ({"user_inter_num_interval": "5"}, r"user_inter_num_interval: .*'\[5,inf\)', got '5'"),
+        ({"item_inter_num_interval": "[5,x)"}, "item_inter_num_interval: expected an interval"),
+        ({"item_inter_num_interval": "[9,5]"}, "item_inter_num_interval: expected an interval"),
+        ({"limit_users": "True"}, "limit_users: expected a whole number or None, got True"),
         ({"valid_metric": "NDCG@3"}, r"NDCG@3 is not measured, add it to .* topk \[5, 10, 20\]"),
         ({"eval_candidates": "cand7"}, "eval_candidates: 'cand7' is none of full, cand20, cand100"),
         ({"train_mode": "half"}, "'half' is neither prefix nor whole"),
@@ -137,6 +162,83 @@ def test_broken_yaml_names_the_line(tmp_path: Path) -> None:
     file.write_text("x: !!python/object/apply:os.system ['true']\n")
     with pytest.raises(UserError, match="not valid YAML"):
         read_yaml(file)
+
+
+def test_a_key_stands_once_in_a_mapping(tmp_path: Path) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text("epochs: 3\nseed: 1\nepochs: 5\n")
+    with pytest.raises(
+        UserError, match=r"twice.yaml, line 3: .*'epochs' stands here a second time"
+    ):
+        read_yaml(file)
+    file.write_text("a: {x: 1}\nb: {x: 1}\nc: &c {x: 1}\nd: {<<: *c, x: 2}\n")
+    assert read_yaml(file)["d"] == {"x": 2}  # a merge is no second time
+
+
+@pytest.mark.parametrize(("line", "key"), [("5: 3", "5"), ("yes: 3", "True")])
+def test_keys_are_names(tmp_path: Path, line: str, key: str) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(line)
+    with pytest.raises(UserError, match=f"keys.yaml: the key {key} is no name"):
+        read_yaml(file)
+
+
+def test_a_file_is_utf_8(tmp_path: Path) -> None:
+    file = tmp_path / "latin.yaml"
+    file.write_bytes(b"epochs: 3  # \xe9t\xe9\n")
+    with pytest.raises(UserError, match=r"latin.yaml: byte 14 is not UTF-8"):
+        read_yaml(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("per_model: 5", "per_model: expected `Model: {key: value}`, got 5"),
+        ("per_model: {SASRecc: {epochs: 1}}", r"no model 'SASRecc' \(did you mean 'SASRec"),
+        ("per_model: {bert4rec: {epochs: 1}}", r"no model 'bert4rec' \(did you mean 'BERT4Rec'"),
+        ("per_model: {BERT4Rec: 3}", "per_model: BERT4Rec: expected {key: value}, got 3"),
+    ],
+)
+def test_per_model_names_models(tmp_path: Path, content: str, sentence: str) -> None:
+    file = tmp_path / "table.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        MMConfig("SASRec", "ml-100k", [str(file)])
+
+
+def test_an_unknown_key_is_looked_for_in_its_own_file(tmp_path: Path) -> None:
+    (tmp_path / "miss.yaml").write_text("epoch: 3\n")
+    (tmp_path / "ok.yaml").write_text("seed: 3\n")
+    files = [str(tmp_path / name) for name in ("miss.yaml", "ok.yaml")]
+    with pytest.raises(UserError, match=r"miss.yaml: SASRec has no key 'epoch'"):
+        MMConfig("SASRec", "ml-100k", files)
+
+
+def test_a_dataset_is_a_name() -> None:
+    for path in ("data/mm-demo", "/data/mm-demo", "mm-demo/", ""):
+        with pytest.raises(UserError, match="--dataset is a name; its place is --data_path"):
+            MMConfig("SASRec", path)
+
+
+def test_keys_of_other_models_are_warned_of(tmp_path: Path) -> None:
+    assert config().warnings == config("LRURec", dropout_prob="0.9").warnings == []
+    file = tmp_path / "many.yaml"
+    file.write_text("r_min: 0.5\nn_layers: 1\nr_max: 0.9\n")
+    given = MMConfig("SASRec", "ml-100k", [str(file)], {"dropout_prob": "0.9"})
+    only = "changes nothing, only models other than SASRec have"
+    assert given.warnings[0] == f"{file}: {only} r_min, r_max."
+    assert given.warnings[1:] == [f"--dropout_prob: {only} dropout_prob."]
+
+
+def test_a_probability_that_recbole_writes_as_0_may_be_a_fraction() -> None:
+    assert config("SASRecCPR")["hidden_dropout_prob"] == 0
+    assert config("SASRecCPR", hidden_dropout_prob="0.3")["hidden_dropout_prob"] == 0.3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_wandb_has_to_be_there() -> None:
+    with pytest.raises(UserError, match="log_wandb: the package 'wandb' is missing"):
+        config(log_wandb=True)
 
 
 def test_numbers_in_yaml_are_numbers(tmp_path: Path) -> None:
@@ -194,6 +296,67 @@ def test_protocols_of_ranking() -> None:
     assert config().protocol == "full"
     assert config(mask_history=True).protocol == "full-masked"
     assert config(mask_history=True, eval_candidates="cand100").protocol == "cand100"
+
+
+@pytest.mark.parametrize(("model", "where"), [("SASRec", "flag"), ("BPR", "flag"), ("BPR", "file")])
+def test_a_part_of_eval_args_keeps_the_rest(tmp_path: Path, model: str, where: str) -> None:
+    """RecBole fills what is missing with a random split."""
+    file = tmp_path / "part.yaml"
+    file.write_text("eval_args: {mode: full}\n" if where == "file" else "")
+    flags = {"eval_args": "{'mode':'full'}"} if where == "flag" else {}
+    given = MMConfig(model, "ml-100k", [str(file)], flags)
+    assert given["eval_args"] == config(model)["eval_args"]
+    assert given.hash() == config(model).hash()
+    assert given.split == "LS/TO"
+
+
+def test_layers_of_eval_args(tmp_path: Path) -> None:
+    file = tmp_path / "part.yaml"
+    file.write_text("eval_args: {split: {RS: [0.8, 0.1, 0.1]}, order: TO}\n")
+    given = MMConfig("BPR", "ml-100k", [str(file)], {"eval_args": "{'order': 'RO'}"})
+    assert (given.split, given["eval_args"]["group_by"]) == ("RS/RO", "user")
+    assert config("FM").split == "RS/RO"
+    assert config(benchmark_filename="a,b,c").split == "ready-made"
+
+
+@pytest.mark.parametrize(
+    ("part", "sentence"),
+    [
+        ({"spilt": 1}, r"eval_args: there is no 'spilt' in it \(did you mean 'split'\?\)"),
+        ({"split": "LS"}, "eval_args: split: expected .*, got 'LS'"),
+        ({"split": {"LS": "both"}}, "eval_args: split: expected"),
+        ({"split": {"RS": [0.8, 0.2]}}, "eval_args: split: expected"),
+        ({"order": "XO"}, "eval_args: order: it is TO or RO, got 'XO'"),
+        ({"group_by": "item"}, "eval_args: group_by: it is user or none, got 'item'"),
+        ({"mode": {"test": "full", "tset": "full"}}, "eval_args: mode: expected full"),
+    ],
+)
+def test_mistakes_in_eval_args_are_told(part: dict[str, object], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        config("BPR", eval_args=part)
+
+
+def test_candidate_lists_need_one_target_and_metrics_of_it() -> None:
+    ratios = {"split": {"RS": [0.8, 0.1, 0.1]}}
+    with pytest.raises(UserError, match=r"one target of a user.* set split: \{'LS'"):
+        config("BPR", eval_candidates="cand20", eval_args=ratios)
+    with pytest.raises(UserError, match=r"one target of a user.* leave out benchmark_filename"):
+        config(eval_candidates="cand20", benchmark_filename="a,b,c")
+    with pytest.raises(UserError, match="metrics: ItemCoverage is not defined on the candidate"):
+        config(eval_candidates="cand20", metrics=["NDCG", "ItemCoverage"])
+
+
+def test_metrics_of_candidate_lists_are_those_the_ranking_knows() -> None:
+    defined, accepted = [], []
+    for name in [m for m, kind in metric_types.items() if kind == EvaluatorType.RANKING]:
+        with suppress(UserError):
+            rank_metrics(torch.ones(1), [1], [name])
+            defined.append(name)
+        with suppress(UserError):
+            best = measured([name], [10])[0]
+            config(eval_candidates="cand20", metrics=[name], valid_metric=best)
+            accepted.append(name)
+    assert accepted == defined
 
 
 def test_sequences_have_an_order_in_time() -> None:
@@ -255,6 +418,21 @@ def recboles_result(given: MMConfig) -> dict[str, float]:
         ("LRURec", {"eval_step": "0"}, "eval_step: it must be a number above 0"),
         ("PRIME", {"ranker_epochs": "0"}, "ranker_epochs: it must be a number above 0"),
         ("PRIME", {"ranker_batch_size": "0"}, "ranker_batch_size: it must be a number above 0"),
+        ("PRIME", {"retriever_eval_step": "0"}, "retriever_eval_step: it must be a number above"),
+        ("PRIME", {"ranker_warmup_steps": "-1"}, r"ranker_warmup_steps: it must be 0 \(off\) or"),
+        ("PRIME", {"ranker_adam_eps": "x"}, "ranker_adam_eps: expected a number such as"),
+        ("PRIME", {"rank_epochs": "1"}, r"PRIME has no key 'rank_epochs' \(did you mean 'ranker_"),
+        ("SASRec", {"train_epochs": "1"}, "SASRec has no key 'train_epochs'"),
+        (
+            "PRIME",
+            {"ranker_clip_grad_norm": "{'max_norm': 2}"},
+            "ranker_clip_grad_norm: ranker_clip_norm: 1.0 stands above it",
+        ),
+        (
+            "PRIME",
+            {"retriever_clip_grad_norm": "{'norm_type': 2}"},
+            "retriever_clip_grad_norm: .* has no max_norm above 0",
+        ),
         ("PRIME", {"backbone": "tiny", "quantize": "nf4"}, "^quantize: the tiny backbone"),
     ],
 )
@@ -269,6 +447,27 @@ def test_what_stages_do_honour_is_accepted() -> None:
     assert config("PRIME", quantize="nf4")["quantize"] == "nf4"
     for key, value in (("learner", "sgd"), ("clip_grad_norm", "{'max_norm': 1, 'norm_type': 1}")):
         assert config("SASRec", **{key: value})[key]  # RecBole's trainer honours these
+
+
+def test_a_stage_can_have_its_own_of_each_setting() -> None:
+    """Also of those that no YAML of the model has."""
+    values: dict[str, object] = {
+        "epochs": 3, "learning_rate": 0.5, "weight_decay": 0.25, "adam_eps": 1e-4, "max_steps": 7,
+        "accumulate": 2, "schedule": "linear", "warmup_steps": 4, "eval_every": 6, "eval_step": 8,
+        "stopping_step": 9, "valid_metric": "MRR@5", "valid_users": 11,
+        "clip_grad_norm": {"max_norm": 12.0},
+    }  # fmt: skip
+    assert {*values, "clip_norm"} == {*STAGE_KEYS}
+    given = config("PRIME", **{f"retriever_{key}": value for key, value in values.items()})
+    found = stage_settings(given, given.model_class.stage_names)
+    assert astuple(found["retriever"]) == (
+        *(3, 0.5, 0.25, 1e-4, 7, 2, 12.0, "linear", 4, 6, 8, 9, "mrr@5", 11),
+    )
+    plain = config("PRIME")
+    assert found["ranker"] == stage_settings(plain, ["ranker"])["ranker"]
+    assert given.hash() != plain.hash()
+    assert stage_settings(config("LRURec", train_clip_norm="2"), ["train"])["train"].clip_norm == 2
+    assert type(config("PRIME", ranker_adam_eps="1")["ranker_adam_eps"]) is float
 
 
 @pytest.mark.parametrize("value", ["train", ["train"], "[train]", "['train']"])

@@ -104,9 +104,10 @@ def test_of_many_ks_the_last_three_are_shown() -> None:
 
 
 def test_what_a_model_has_not_measured_is_a_dash_and_not_a_zero() -> None:
-    rows = cells(result_table([result("A"), result("B", test={"recall@5": 0.0})]))
-    assert rows[1]["recall@5"] == "0.0000"
-    assert [rows[1][name] for name in ("ndcg@5", "recall@10", "ndcg@10")] == ["-"] * 3
+    """Models that have no metric in common show all of them."""
+    first, second = result("A", test={"recall@5": 0.1}), result("B", test={"recall@10": 0.0})
+    rows = cells(result_table([first, second]))
+    assert (rows[1]["recall@5"], rows[1]["recall@10"]) == ("-", "0.0000")
 
 
 # --- a general model ranks what it was trained on first ---
@@ -204,3 +205,21 @@ def test_a_real_result_is_shown_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
         for metric in ("recall@10", "ndcg@10"):
             assert row[f"{metric} {title}"] == f"{real['test_protocols'][protocol][metric]:.4f}"
     assert row["trained"] == "1 ep, all epochs"
+
+
+def test_models_with_other_ks_share_the_columns_they_have_in_common() -> None:
+    """LRURec reports up to 25, general models up to 10: no row is all dashes."""
+    long = numbers(0.1, (5, 10, 20, 25))
+    both = {"full": long, "full-masked": long}
+    first = result("LRURec", test=long, test_protocols=both, valid_metric="recall@25")
+    for second in (result("SASRec", 0.3), result("Pop", 0.3, general=True)):
+        table = cells(result_table([first, second]))
+        scores = {title: cell for title, cell in table[1].items() if "@" in title}
+        assert "-" not in scores.values()
+        assert not any("@25" in title for title in scores)
+        assert next(cell for title, cell in scores.items() if "recall@10" in title) == "0.3010"
+
+
+def test_another_split_stands_in_the_title() -> None:
+    assert "split" not in result_table([result("Pop", split="LS/TO")])
+    assert "split RS/RO" in result_table([result("Pop", split="RS/RO")])

@@ -73,27 +73,57 @@ def read_header(path: Path, separator: str, encoding: str) -> list[Column]:
     """The columns of an atomic file.
 
     Raises:
-        UserError: a column is not ``name:type`` or has a type that RecBole does not know.
+        UserError: a column is not ``name:type``, has a type that RecBole does not know or a name
+            that another has, all columns are one, or the file is not text in `encoding`.
     """
-    with open(path, encoding=encoding) as file:
-        names = file.readline().rstrip("\r\n").split(separator)
-    columns = []
+    try:
+        with open(path, encoding=_without_mark(encoding)) as file:
+            names = file.readline().rstrip("\r\n").split(separator)
+    except UnicodeDecodeError:
+        raise _not_text(path, encoding) from None
+    columns: list[Column] = []
     for header in names:
         name, _, ftype = header.rpartition(":")
+        if len(names) == 1 and ":" in name:
+            raise UserError(
+                f"{path}, row 1: '{header}' is one column, as field_separator is {separator!r}: "
+                "write that between columns, in all rows, or set field_separator."
+            )
         if not name or ftype not in {known.value for known in FeatureType}:
             raise UserError(
                 f"{path}, row 1: column '{header}' is not NAME:TYPE with TYPE one of "
                 "token, token_seq, float, float_seq."
             )
+        if name in {column.name for column in columns}:
+            raise UserError(f"{path}, row 1: column '{name}' occurs twice; rename one of the two.")
         columns.append(Column(name, FeatureType(ftype)))
     return columns
+
+
+def _without_mark(encoding: str) -> str:
+    """The encoding that skips the byte order mark that some programs begin UTF-8 with."""
+    return "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+
+
+def _not_text(path: Path, encoding: str) -> UserError:
+    """The mistake in a file that cannot be decoded, with its first bad row where rows show it."""
+    where = str(path)
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode(encoding)
+            except UnicodeDecodeError:
+                where = f"{path}, row {number}"
+                break
+    return UserError(f"{where}: this is not {encoding}; re-encode the file, or set encoding.")
 
 
 def read_columns(path: Path, columns: list[Column], separator: str, encoding: str) -> AtomicFrame:
     """Reads some columns of an atomic file; tokens are Python strings and NaN where empty.
 
     Raises:
-        UserError: a row has too many fields, an open quote, or text where a number belongs.
+        UserError: a row has too many fields, an open quote, or text where a number belongs, or
+            there is no row.
     """
     numbers = [c.header for c in columns if c.ftype == FeatureType.FLOAT]
     missing: dict[str, Sequence[str]] = {
@@ -104,13 +134,17 @@ def read_columns(path: Path, columns: list[Column], separator: str, encoding: st
             path,
             sep=separator,
             dtype=object,
-            encoding=encoding,
+            encoding=_without_mark(encoding),
             keep_default_na=False,
             na_values=missing,
             engine="c" if len(separator) == 1 else "python",
         )
-    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise _not_text(path, encoding) from None
+    except pd.errors.ParserError as error:
         raise UserError(f"{path} is not a clean atomic file: {error}.") from error
+    if frame.empty:
+        raise UserError(f"{path} has a header and no rows: write some, or leave the file out.")
     if not isinstance(frame.index, pd.RangeIndex):  # pandas takes what is too much for row names
         raise UserError(f"{path}, row 2: there are more fields than columns in the header.")
     for header in numbers:
@@ -185,21 +219,49 @@ class FrameMends(Dataset):
         if wanted == set():
             return None
         path, separator = Path(filepath), self.config["field_separator"]
+        encoding = self.config["encoding"] or "utf-8"
+        header = read_header(path, separator, encoding)
         columns = [
             column
-            for column in read_header(path, separator, self.config["encoding"])
+            for column in header
             if (wanted is None or column.name in wanted)
             and (unwanted is None or column.name not in unwanted)
         ]
+        if source == FeatureSource.INTERACTION:
+            self._check_columns(path, header, columns)
         if not columns:
             self.logger.warning(f"No columns has been loaded from [{source}]")
             return None
         self._note_properties(columns, source)
-        frame = read_columns(path, columns, separator, self.config["encoding"])
+        frame = read_columns(path, columns, separator, encoding)
         for column in columns:
             if column.ftype.value.endswith("seq"):
                 self._split_column(frame, column, path)
         return frame
+
+    def _check_columns(self, path: Path, header: list[Column], loaded: list[Column]) -> None:
+        """Users, items and, where rows are ordered by them, times: RecBole fails late, or never.
+
+        Times as tokens would be ordered by where they first appear in the file.
+        """
+        needed = [("USER_ID_FIELD", self.uid_field, FeatureType.TOKEN)]
+        needed += [("ITEM_ID_FIELD", self.iid_field, FeatureType.TOKEN)]
+        needed = [need for need in needed if need[1] is not None]  # RecBole can do without both
+        if self.config["eval_args"]["order"] == "TO" and self.benchmark_filename_list is None:
+            needed.append(("TIME_FIELD", self.time_field, FeatureType.FLOAT))
+        types = {column.name: column.ftype for column in header}
+        for key, name, ftype in needed:
+            if name not in types:
+                raise UserError(
+                    f"{path}: there is no column '{name}' among {', '.join(types)}: rename one, "
+                    f"or name yours with {key}."
+                )
+            if types[name] != ftype:
+                raise UserError(
+                    f"{path}, row 1: write {name}:{ftype.value}, not {name}:{types[name].value}."
+                )
+            if name not in {column.name for column in loaded}:
+                raise UserError(f"load_col leaves out the column '{name}' of {path}: add it.")
 
     def _note_properties(self, columns: list[Column], source: FeatureSource | str) -> None:
         if source == "link":
@@ -231,8 +293,31 @@ class FrameMends(Dataset):
             if frame is not None:  # a merge gives a plain frame
                 setattr(self, name, AtomicFrame(frame))
 
+    def _filter_nan_user_or_item(self) -> None:
+        """Drops rows without user or item.
+
+        RecBole takes row names for places: after a row without user, another than the one without
+        item is dropped.
+        """
+        for field, own in ((self.uid_field, "user_feat"), (self.iid_field, "item_feat")):
+            for name in (own, "inter_feat") if field is not None else ():
+                frame = getattr(self, name)
+                if frame is None or not (missing := frame[field].isna()).any():
+                    continue
+                self.logger.warning(
+                    f"{self.dataset_name}.{name.removesuffix('_feat')}: rows without {field} "
+                    f"left out: {missing.sum()} of {len(frame)}"
+                )
+                setattr(self, name, frame[~missing].copy())
+
     def _fill_nan(self) -> None:
         """Missing tokens become [PAD] (0), numbers the column's mean, sequences empty."""
+        times = self.inter_feat.get(self.time_field)
+        if times is not None and times.isna().any():
+            self.logger.warning(
+                f"{self.dataset_name}.inter: missing {self.time_field} set to the mean of the "
+                f"others: {times.isna().sum()} of {len(times)}"
+            )
         for feat_name in self.feat_name_list:
             frame = getattr(self, feat_name)
             for field in frame:

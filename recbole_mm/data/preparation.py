@@ -70,9 +70,13 @@ def data_preparation(config: Any, dataset: Dataset, model_class: type) -> tuple[
 
     Returns:
         Training, validation and test loader; the first is a `WholeTrainLoader` in mode ``whole``.
+
+    Raises:
+        UserError: a part has no rows, or the model does not have the training mode.
     """
     mode = choose_train_mode(config, model_class)
     parts = dataset.build()
+    _check_parts(config, parts)
     samplers = create_samplers(config, dataset, parts)
     if mode == "whole":
         train = _whole_loader(config, parts[0])
@@ -91,6 +95,26 @@ def data_preparation(config: Any, dataset: Dataset, model_class: type) -> tuple[
         f"eval_args: [{config['eval_args']}]"
     )
     return train, valid, test
+
+
+def _check_parts(config: Any, parts: list[Any]) -> None:
+    """RecBole fails on a part without rows, on that of validation or test only after training."""
+    names = ("training", "validation", "test")
+    empty = [name for name, part in zip(names, parts, strict=True) if not len(part.inter_feat)]
+    if not empty:
+        return
+    split = config["eval_args"]["split"]
+    if split != {"LS": "valid_and_test"}:
+        raise UserError(
+            f"{config['dataset']}: eval_args with split {split} leaves no rows for "
+            f"{' and '.join(empty)}: set split: {{LS: valid_and_test}}, or take more data."
+        )
+    # Of three, the last is for test and the first never a target: none is left to validate.
+    raise UserError(
+        f"{config['dataset']}: no user has the 4 interactions that training, validation and test "
+        "need with LS: valid_and_test: lower user_inter_num_interval and item_inter_num_interval, "
+        "raise limit_users, or take other data."
+    )
 
 
 def _prefix_loader(config: Any, dataset: Dataset, part: Dataset, sampler: Any) -> Any:

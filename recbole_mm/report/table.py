@@ -12,6 +12,7 @@ _EPOCHS_CUT = {
     "time": "time up",
 }
 _BOTH = {"full", "full-masked"}
+_USUAL_SPLIT = "LS/TO"  # leave one out, ordered by time
 
 
 def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -32,18 +33,21 @@ def _metric(result: Mapping[str, float] | None, name: str) -> str:
 
 
 def _shown(names: Sequence[str], metric: str, few: bool) -> list[str]:
-    """Which metrics fit a screen: recall and ndcg; with two columns each, only at the k that chose
-    the model."""
+    """Which metrics fit a screen: recall and ndcg; with two columns each, only at one k: that which
+    chose the model, or the largest."""
     kept = [n for n in names if n.split("@")[0] in ("recall", "ndcg")] or list(names)
     ks = list(dict.fromkeys(n.partition("@")[2] for n in kept))
     k = metric.partition("@")[2]
-    ks = [k] if few and k in ks else ks[-3:]
+    ks = [k if k in ks else ks[-1]] if few else ks[-3:]
     return [n for n in kept if n.partition("@")[2] in ks]
 
 
 def _columns(results: Sequence[Mapping[str, Any]], masked: bool) -> list[tuple[str, str, str]]:
-    """(title, key of the result, metric) for each column."""
-    names = _shown(list(results[0]["test"]), results[0]["valid_metric"], few=masked)
+    """(title, key of the result, metric) for each column; metrics that all results have, if any."""
+    tests = [result["test"] for result in results]
+    every = list(dict.fromkeys(name for test in tests for name in test))
+    shared = [name for name in every if all(name in test for test in tests)]
+    names = _shown(shared or every, results[0]["valid_metric"], few=masked)
     if not masked:
         return [(name, "test", name) for name in names]
     titles = (("unmasked", "full"), ("masked", "full-masked"))
@@ -94,6 +98,8 @@ def _table(results: Sequence[Mapping[str, Any]]) -> str:
             backbone, mode = result["backbone"] or "-", result["train_mode"]
             lines.append([name, backbone, mode, trained, *cells, f"{result['seconds']:.0f}"])
     title = f"{first['dataset']}, protocol {first['protocol']}, test on {first['test_users']} users"
+    if first.get("split", _USUAL_SPLIT) != _USUAL_SPLIT:
+        title += f", split {first['split']}"
     if first.get("limit_users"):
         title += f" (limit_users {first['limit_users']})"
     return f"{title}\n{format_rows(header, lines)}"

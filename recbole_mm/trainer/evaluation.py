@@ -1,8 +1,7 @@
 """Evaluation by RecBole's collector and metrics, every protocol read from one scoring pass.
 
 `full` ranks all items, `full-masked` gives a user's earlier items no score, `cand100` and `cand20`
-rank the
-target among fixed candidates.
+rank the target among fixed candidates.
 """
 
 from __future__ import annotations
@@ -28,13 +27,25 @@ _ROWS_AT_ONCE = (
 )  # (user, item) pairs given to a model that only scores pairs: DIN's take much
 
 
+class _Collector(Collector):  # type: ignore[misc]
+    """RecBole's, which moves everything it has collected to the CPU, numbers and counters too."""
+
+    def get_data_struct(self) -> Any:
+        held = self.data_struct._data_dict
+        others = {key: held.pop(key) for key in list(held) if not isinstance(held[key], Tensor)}
+        collected = super().get_data_struct()
+        for data in (collected, self.data_struct):
+            data._data_dict.update(others)
+        return collected
+
+
 class FullRanking:
     """RecBole's own collector and evaluator over all items; optionally without the user's
     history."""
 
     def __init__(self, config: Any, masked: bool) -> None:
         self.masked = masked
-        self.collector, self.evaluator = Collector(config), Evaluator(config)
+        self.collector, self.evaluator = _Collector(config), Evaluator(config)
 
     def add(self, scores: Tensor, batch: Any, loader: Any) -> None:
         """Takes one batch. Shape of `scores`: (B, V)."""

@@ -7,6 +7,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,15 @@ class Run:
             UserError: there is none.
         """
         path = folder / "state.json"
-        if not path.is_file():
-            raise UserError(f"{folder} is no run: name a folder saved/<model>-<dataset>-<id>.")
-        return cls(folder, json.loads(path.read_text(encoding="utf-8")))
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            state = {}
+        if "status" not in state or not (folder / "config.yaml").is_file():
+            raise UserError(
+                f"{folder} is no run: name a folder such as saved/<model>-<dataset>-<id>."
+            )
+        return cls(folder, state)
 
     def config(self) -> dict[str, Any]:
         """The settings the run was started with."""
@@ -101,9 +108,10 @@ def runs_of(root: Path, config: Any) -> Iterator[Run]:
     """The runs of this very configuration, newest first."""
     states = root.glob(f"{config['model']}-{config['dataset']}-*/state.json")
     for path in sorted(states, reverse=True):  # the id begins with the time
-        run = Run.open(path.parent)
-        if run.state.get("config_hash") == config.hash():
-            yield run
+        with suppress(UserError):  # a damaged one is none
+            run = Run.open(path.parent)
+            if run.state.get("config_hash") == config.hash():
+                yield run
 
 
 def newest_run(config: Any) -> Run | None:
@@ -111,52 +119,64 @@ def newest_run(config: Any) -> Run | None:
     return next(runs_of(Path(config["checkpoint_dir"]), config), None)
 
 
-def earlier_run(config: Any, resume: str | None, earlier_stages: list[str]) -> Run | None:
+def earlier_run(config: Any, resume: bool, earlier_stages: list[str]) -> Run | None:
     """The run to go on with, or None: a new one is to be started.
 
     Args:
         config: of the experiment.
-        resume: None: do not; "": the newest unfinished run of the same configuration; else its
-            folder.
+        resume: whether to take the newest unfinished run of the same configuration.
         earlier_stages: stages that are needed but not to be trained now.
 
     Raises:
-        UserError: there is no such run, or it has another configuration.
+        UserError: there is no such run.
     """
     root = Path(config["checkpoint_dir"])
-    if resume:
-        run = Run.open(Path(resume))
-        if run.state.get("config_hash") != config.hash():
-            raise UserError(
-                f"--resume: {resume} was started with another configuration: "
-                f"{_difference(run, config)}."
-            )
-        return run
     if earlier_stages:
         able = (r for r in runs_of(root, config) if all(map(r.is_done, earlier_stages)))
         found = next(able, None)
         if found is None:
             raise UserError(
                 f"--stages: no run of this configuration has finished {', '.join(earlier_stages)}: "
-                "train it first."
+                f"train it first{_nearly(root, config)}."
             )
         return found
-    if resume == "":
+    if resume:
         unfinished = (r for r in runs_of(root, config) if r.state["status"] != "finished")
         found = next(unfinished, None)
         if found is None:
             raise UserError(
                 f"--resume: {root} has no unfinished run of this configuration: start it without "
-                "--resume, or evaluate a finished one with --load=RUN_DIR."
+                f"--resume, or evaluate a finished one with --load=RUN_DIR{_nearly(root, config)}."
             )
         return found
     return None
 
 
+def check_same(run: Run, config: Any) -> None:
+    """Raises `UserError` unless the run was started with this configuration."""
+    if run.state.get("config_hash") != config.hash():
+        raise UserError(
+            f"--resume: {run.folder} was started with another configuration: "
+            f"{_difference(run, config)}."
+        )
+
+
+def _nearly(root: Path, config: Any) -> str:
+    """How the newest run of this model and dataset differs."""
+    folders = sorted(root.glob(f"{config['model']}-{config['dataset']}-*"), reverse=True)
+    for folder in folders:
+        with suppress(UserError):
+            run = Run.open(folder)
+            if run.state.get("config_hash") != config.hash():
+                return f" (the newest, {folder}, differs: {_difference(run, config)})"
+    return ""
+
+
 def _difference(run: Run, config: Any) -> str:
     old, new = run.config(), config.settings()
     keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    plain = [k for k in keys if not isinstance(old.get(k) or new.get(k), dict)] or keys
     return (
-        ", ".join(f"{k} was {old.get(k)!r} and is {new.get(k)!r}" for k in keys[:3])
+        ", ".join(f"{k} was {old.get(k)!r} and is {new.get(k)!r}" for k in plain[:3])
         or "see its config.yaml"
     )

@@ -7,25 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from recbole_mm.errors import UserError
-from recbole_mm.stage import StageSettings
+from recbole_mm.stage import STAGE_KEYS, StageSettings
 
-# StageSettings' field -> the configuration's key.
-_KEYS = {
-    "epochs": "epochs",
-    "learning_rate": "learning_rate",
-    "weight_decay": "weight_decay",
-    "adam_eps": "adam_eps",
-    "max_steps": "max_steps",
-    "accumulate": "accumulate",
-    "clip_norm": "clip_norm",
-    "schedule": "schedule",
-    "warmup_steps": "warmup_steps",
-    "eval_every": "eval_every",
-    "eval_epochs": "eval_step",
-    "patience": "stopping_step",
-    "valid_metric": "valid_metric",
-    "valid_users": "valid_users",
-}
+# Keys whose field in StageSettings has another name; `clip_grad_norm` ends in `clip_norm`.
+_FIELDS = {"eval_step": "eval_epochs", "stopping_step": "patience"}
 
 
 def stage_settings(config: Any, names: Iterable[str]) -> dict[str, StageSettings]:
@@ -42,11 +27,11 @@ def stage_settings(config: Any, names: Iterable[str]) -> dict[str, StageSettings
 
 def _one(config: Any, stage: str) -> StageSettings:
     values: dict[str, Any] = {}
-    for field, key in _KEYS.items():
+    for key in STAGE_KEYS:
         own = config[f"{stage}_{key}"]
         value = config[key] if own is None else own
-        if value is not None:
-            values[field] = value
+        if value is not None and key != "clip_grad_norm":
+            values[_FIELDS.get(key, key)] = value
     values["epochs"] = min(values["epochs"], config["epochs"])
     values["valid_metric"] = str(values["valid_metric"]).lower()
     values["clip_norm"] = _clip_norm(config, stage, values.get("clip_norm"))

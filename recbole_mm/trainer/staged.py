@@ -211,8 +211,8 @@ class StageLoop:
             if not torch.isfinite(loss):
                 raise UserError(
                     f"Stage {self.stage.name}, step {self.position.step}: the loss is "
-                    f"{loss.item()}; "
-                    f"lower {self.stage.name}_learning_rate or learning_rate and --resume."
+                    f"{loss.item()}; start again with a lower learning_rate or "
+                    f"{self.stage.name}_learning_rate."
                 )
             (loss / len(entries)).backward()
             total += loss.item()

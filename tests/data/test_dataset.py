@@ -28,7 +28,7 @@ from recbole_mm.data.dataset import (
 from recbole_mm.data.frames import FrameMends
 from recbole_mm.errors import UserError
 
-from .atomic_data import bare_config, random_interactions, write_atomic
+from .atomic_data import LS, bare_config, random_interactions, write_atomic
 
 L = 5
 LENGTHS = [1, 2, 3, 4, 5, 6, 7, 10, 11, 14, 15]  # around L, 2L and 3L
@@ -39,7 +39,18 @@ class LoopDataset(FrameMends, SequentialDataset):
 
 
 class LoopDIENDataset(FrameMends, DIENDataset):
-    """The same for DIEN's."""
+    """The same for DIEN's, whose negatives are drawn in the order of the rows, here ours."""
+
+    def _fill_nan(self) -> None:
+        super()._fill_nan()
+        sort_by_time(self)
+
+
+def sort_by_time(dataset: Any) -> None:
+    """What RecBole lacks: its sort by time in float32 keeps this order."""
+    dataset.inter_feat = dataset.inter_feat.sort_values(
+        "timestamp", kind="stable", ignore_index=True
+    )
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -137,6 +148,7 @@ def test_ml_100k_equals_recboles(model: str, cls: type, stock: type) -> None:
         }
     config = bare_config(model, None, **keys)
     ours, theirs = cls(config), stock(config)
+    sort_by_time(theirs)  # RecBole leaves what is a minute apart in the order of the file
     for part, expected in zip(ours.build(), theirs.build(), strict=True):
         assert_same(part.inter_feat, expected.inter_feat)
     for field, tokens in theirs.field2id_token.items():
@@ -153,6 +165,13 @@ def digest(feat: Any) -> str:
     return sha.hexdigest()[:16]
 
 
+class FileOrder(MMSequentialDataset):
+    """Without our sort by time, to be compared with RecBole's digests."""
+
+    def _sort_by_time(self) -> None:
+        pass
+
+
 def test_item_features_equal_what_recbole_gives_on_pandas_2() -> None:
     """Digests made with RecBole itself on numpy 1.26 and pandas 2.3 (it fails on pandas 3)."""
     config = bare_config(
@@ -166,7 +185,7 @@ def test_item_features_equal_what_recbole_gives_on_pandas_2() -> None:
             "user": ["user_id", "age", "gender"],
         },
     )
-    dataset = MMSequentialDataset(config)
+    dataset = FileOrder(config)
     parts = dataset.build()
     digests = [digest(feat) for feat in (dataset.item_feat, dataset.user_feat)]
     digests += [digest(part.inter_feat) for part in parts]
@@ -408,35 +427,30 @@ def test_kg_sequences_on_ml_100k() -> None:
     assert len(test) == len(train.train_sequences)
 
 
-# --- mistakes ---
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("user_id:token\titem_id:token\ttimestamp:float\nu\ti\tsoon\n", "row 2, column 'timestamp"),
-        ("user_id:token\titem_id:tokens\nu\ti\n", "row 1: column 'item_id:tokens'"),
-        ("user_id\titem_id:token\nu\ti\n", "row 1: column 'user_id'"),
-        ("user_id:token\titem_id:token\nu\ti\nu\ti\t5\n", "line 3"),
-        ("user_id:token\titem_id:token\nu\ti\t5\n", "row 2"),
-        ('user_id:token\titem_id:token\nu\t"i\n', "not a clean atomic file"),
-        ("user_id:token\titem_id:token\tv:float_seq\nu\ti\t1 a\n", "column 'v:float_seq', row 2"),
-    ],
-)
-def test_a_broken_file_is_told_by_name_row_and_column(
-    tmp_path: Path, text: str, message: str
+# --- order in time ---
+@pytest.mark.parametrize(("model", "cls"), [("SASRec", MMSequentialDataset), ("BPR", MMDataset)])
+@pytest.mark.parametrize("keys", [{}, {"numerical_features": ["timestamp"]}])
+def test_the_last_of_unix_seconds_is_held_out_whatever_the_files_order(
+    tmp_path: Path, model: str, cls: type, keys: dict[str, Any]
 ) -> None:
-    (tmp_path / "toy").mkdir()
-    (tmp_path / "toy" / "toy.inter").write_text(text)
-    with pytest.raises(UserError, match=message) as caught:
-        MMDataset(bare_config("BPR", tmp_path / "toy"))
-    assert "toy.inter" in str(caught.value)
+    rows = [[f"u{u}", f"i{n}", 1_700_000_000 + 3 * n + u] for u in range(20) for n in range(9)]
+    np.random.default_rng(0).shuffle(rows)
+    header = "user_id:token item_id:token timestamp:float"
+    write_atomic(tmp_path / "toy" / "toy.inter", header, rows)
+    dataset = cls(bare_config(model, tmp_path / "toy", **keys))
+    _, valid, test = dataset.build()
+    names = np.array(dataset.item_tokens())
+    assert names[valid.inter_feat["item_id"]].tolist() == ["i7"] * 20
+    assert names[test.inter_feat["item_id"]].tolist() == ["i8"] * 20
+    assert [names[row].tolist() for row in test.sequences.items.reshape(20, 9)] == [
+        [f"i{n}" for n in range(9)]
+    ] * 20
 
 
-def test_an_absent_dataset_is_not_downloaded(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="dataset_tools"):
-        MMDataset(bare_config("BPR", tmp_path / "amazon-beauty"))
-
-
-def test_sequences_need_a_time(tmp_path: Path) -> None:
-    write_atomic(tmp_path / "toy" / "toy.inter", "user_id:token item_id:token", [["u", "i"]] * 4)
-    with pytest.raises(UserError, match="TIME_FIELD"):
-        MMSequentialDataset(bare_config("SASRec", tmp_path / "toy")).build()
+def test_the_order_of_the_file_stays_where_time_does_not_order(tmp_path: Path) -> None:
+    rows = [["u", f"i{n}", 9 - n] for n in range(5)]
+    write_atomic(
+        tmp_path / "toy" / "toy.inter", "user_id:token item_id:token timestamp:float", rows
+    )
+    config = bare_config("BPR", tmp_path / "toy", eval_args={**LS, "order": "RO"})
+    assert MMDataset(config).inter_feat["timestamp"].tolist() == [9, 8, 7, 6, 5]

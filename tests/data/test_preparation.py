@@ -31,7 +31,7 @@ from recbole_mm.data.preparation import (
 from recbole_mm.data.sequences import TARGETS, WholeTrainLoader
 from recbole_mm.errors import UserError
 
-from .atomic_data import bare_config, random_interactions
+from .atomic_data import LS, bare_config, random_interactions
 
 
 class Causal(SASRec):
@@ -126,6 +126,33 @@ def test_knowledge_loader() -> None:
     train.generator.set_state(state)
     assert epoch() == second
     assert epoch() != second
+
+
+# --- data too short ---
+@pytest.mark.parametrize("model", ["SASRec", "BPR"])
+@pytest.mark.parametrize("mode", ["whole", "prefix"])
+def test_a_part_without_rows_is_told_before_training(tmp_path: Path, model: str, mode: str) -> None:
+    args = {"distribution": "uniform", "sample_num": 1, "alpha": 1.0, "dynamic": False}
+    keys: dict[str, Any] = {"train_mode": mode}
+    keys |= {} if model == "SASRec" else {"train_neg_sample_args": args}
+    for length in (1, 2, 3):
+        folder = random_interactions(tmp_path / f"of_{length}", [length] * 3)
+        with pytest.raises(UserError, match=f"of_{length}: no user has the 4 interactions .*lower"):
+            prepared(bare_config(model, folder, **keys), Causal)
+    folder = random_interactions(tmp_path / "enough", [3, 4])
+    if mode == "prefix" or model == "SASRec":
+        _, valid, test = prepared(bare_config(model, folder, **keys), Causal)
+        assert [len(part._dataset.inter_feat) for part in (valid, test)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("split", "part"),
+    [({"LS": "valid_only"}, "test"), ({"RS": [1, 0, 0]}, "validation and test")],
+)
+def test_a_split_without_a_part_is_told(tmp_path: Path, split: dict[str, Any], part: str) -> None:
+    folder = random_interactions(tmp_path / "toy", [6] * 3)
+    with pytest.raises(UserError, match=rf"split .* leaves no rows for {part}: set split"):
+        prepared(bare_config("SASRec", folder, eval_args={**LS, "split": split}))
 
 
 # --- whole sequences ---

@@ -42,6 +42,36 @@ def test_the_permuted_demo_differs_in_its_pictures_alone(demos: Path) -> None:
     assert shown(plain) != shown(permuted)
 
 
+def test_what_to_try_names_the_place(
+    demos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = "Try: python run_recbole_mm.py --model=LRURec --dataset=mm-demo"
+    for out, place in (("dataset/", ""), ("my data", " '--data_path=my data'")):
+        assert main(["demo", f"--out={out}"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == line + place
+
+
+def test_a_negative_seed_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", f"--out={tmp_path}", "--seed", "-1"]) == 1
+    assert capsys.readouterr().err == "Error: --seed is -1: give 0 or more.\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unforeseen_error_is_one_sentence_unless_debugged(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["demo", "--out=no\0path"]
+    assert main(command) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("Error: ValueError: ")
+    assert told.endswith("--debug shows where.\n")
+    with pytest.raises(ValueError, match="null"):
+        main([*command, "--debug"])
+
+
 def shown(folder: Path) -> list[bytes]:
     """The picture files in the order of the items."""
     lines = (folder / f"{folder.name}.image").read_text().splitlines()[1:]

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from recbole_mm import quick_start
+from recbole_mm import compat, quick_start
 from recbole_mm.cli import main
 from recbole_mm.errors import UserError
-from recbole_mm.trainer.run import Run, earlier_run
+from recbole_mm.trainer.run import Run, check_same, earlier_run
 
 SMALL = ["--dataset=ml-100k", "--user_inter_num_interval=[20,40]", "--show_progress=False"]
 
@@ -68,18 +68,28 @@ def test_a_finished_run_that_goes_on_is_unfinished_again(tmp_path: Path) -> None
     run = started(tmp_path, ("retriever",), finished=True)
     run.reopen(["ranker"])
     assert run.is_done("retriever")
-    found = earlier_run(settings(tmp_path), "", [])
+    found = earlier_run(settings(tmp_path), True, [])
     assert found is not None
     assert found.folder == run.folder
 
 
 def test_resume_takes_the_same_configuration_only(tmp_path: Path) -> None:
     run = started(tmp_path)
-    with pytest.raises(UserError, match="no unfinished run"):
-        earlier_run(settings(tmp_path, size=2), "", [])
+    with pytest.raises(UserError, match=r"no unfinished run.*size was 1 and is 2"):
+        earlier_run(settings(tmp_path, size=2), True, [])
     with pytest.raises(UserError, match="size was 1 and is 2"):
-        earlier_run(settings(tmp_path, size=2), str(run.folder), [])
-    assert earlier_run(settings(tmp_path), None, []) is None
+        check_same(run, settings(tmp_path, size=2))
+    assert earlier_run(settings(tmp_path), False, []) is None
+
+
+def test_a_damaged_run_is_passed_over(tmp_path: Path) -> None:
+    whole, damaged = started(tmp_path), started(tmp_path)
+    (damaged.folder / "state.json").write_text("{")
+    found = earlier_run(settings(tmp_path), True, [])
+    assert found is not None
+    assert found.folder == whole.folder
+    with pytest.raises(UserError, match="is no run"):
+        Run.open(damaged.folder)
 
 
 @pytest.fixture
@@ -108,6 +118,36 @@ def test_loading_from_elsewhere_finds_the_data(
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     assert main([f"--load={trained}"]) == 0
+
+
+def test_a_run_is_gone_on_with_by_its_folder_alone(trained: Path) -> None:
+    assert main([f"--resume={trained}", "--result_file=again.json"]) == 0
+    assert json.loads(Path("again.json").read_text())["model"] == "EASE"
+
+
+@pytest.mark.parametrize("way", ["--load", "--resume"])
+def test_a_run_of_another_model_is_refused(
+    way: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"{way}={trained}", "--model=SASRec"]) == 1
+    assert "is a run of EASE" in capsys.readouterr().err
+
+
+def test_finished_models_give_their_table_again(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compat.reset_logging()
+    assert main(["--model=EASE,Pop", "--resume", *SMALL]) == 0
+    compat.reset_logging()
+    capsys.readouterr()
+    assert main(["--model=EASE,Pop", "--resume", *SMALL]) == 0
+    shown = capsys.readouterr()
+    assert "protocol full" in shown.out + shown.err
+
+
+def test_no_model_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model=,"]) == 1
+    assert "names no model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--reg_weight=1.0", "--config_files=lrurec_official"])
