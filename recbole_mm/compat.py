@@ -67,3 +67,15 @@ def reset_logging() -> None:
         if type(handler).__module__.startswith(("logging", "colorlog")):
             root.removeHandler(handler)
             handler.close()
+
+
+def add_in_a_fixed_order(wanted: bool) -> None:
+    """Whether torch sums gradients of repeated rows (items, pictures) in the same order each time.
+
+    On several CPU threads it otherwise does not, and a run or a resumed one ends in other decimals.
+    Without `wanted`, and where an operation has no such form, torch goes its quick way.
+    """
+    import torch
+
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # of no use here, and slow

@@ -204,6 +204,8 @@ def _start_logging(config: MMConfig) -> None:
 
     compat.reset_logging()
     init_seed(config["seed"], config["reproducibility"])
+    on_cpu = config["device"].type == "cpu"
+    compat.add_in_a_fixed_order(bool(config["reproducibility"]) and on_cpu)
     init_logger(config)
     getLogger().info(sys.argv)
     getLogger().info(config)
