@@ -78,4 +78,3 @@ def add_in_a_fixed_order(wanted: bool) -> None:
     import torch
 
     torch.use_deterministic_algorithms(wanted, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # of no use here, and slow
