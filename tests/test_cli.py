@@ -56,7 +56,7 @@ def test_words_that_cannot_be_read(words: list[str], sentence: str) -> None:
         (["--model=SASRec", "--dataset=ml-100k", "--hiden_size=8"], "did you mean 'hidden_size'"),
         (["--load=nowhere"], "nowhere is no run"),
         (["--model=SASRec", "--dataset=ml-100k", "--resume"], "no unfinished run"),
-        (["--model=SASRec,BPR", "--dataset=ml-100k", "--resume=x"], "name one model"),
+        (["--model=SASRec,BPR", "--dataset=ml-100k", "--resume=x"], "x is no run"),
     ],
 )
 def test_a_mistake_is_one_sentence(

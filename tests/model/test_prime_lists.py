@@ -122,7 +122,7 @@ def test_scoring_only_hits_asks_less_and_gives_the_same(trained: Trained) -> Non
         results[only_hits] = trained.test("ranker", only_hits)
         asked_of[only_hits] = len(model._kept)
     assert results[True] == results[False]
-    assert 0 < asked_of[True] < asked_of[False] == USERS
+    assert 0 < asked_of[True] < asked_of[False] <= USERS  # users may have the same prompt
 
 
 def test_only_metrics_of_the_targets_place_allow_that(mini: Path) -> None:

@@ -196,7 +196,7 @@ def run_and_load(folder: Path, model: str, dataset: str = "ml-100k", **more: Any
     overrides = keys(folder, **more)
     result = quick_start.run(model, dataset, overrides=overrides)
     path = overrides.get("data_path")
-    again = quick_start.load(result["run_dir"], data_path=path, overrides={"show_progress": False})
+    again = quick_start.load(result["run_dir"], {"data_path": path, "show_progress": False})
     assert again["test"] == result["test"]
     assert again["valid"] == result["valid"]
     metrics = result["test"]
