@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dataset_tools import demo, table
-from recbole_mm.errors import UserError
+from recbole_mm.errors import told
 
 # A converter is a module with a docstring, `add_arguments(parser)` and `run(arguments)`, which
 # returns the dataset's name.
@@ -25,22 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         name = parsed.run(parsed)
-    except UserError as error:
-        if parsed.debug:
-            raise
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("\nInterrupted; nothing was written.", file=sys.stderr)
         return 130
     except Exception as error:
         if parsed.debug:
             raise
-        print(
-            f"Error: {type(error).__name__}: {error}. If no value of yours explains it, this is a "
-            "bug of ours: --debug shows where.",
-            file=sys.stderr,
-        )
+        print(told(error), file=sys.stderr)
         return 1
     print(f"Try: {_command(parsed.out, name)}")
     return 0

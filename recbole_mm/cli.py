@@ -9,7 +9,7 @@ from logging import INFO, getLogger
 from pathlib import Path
 from typing import Any
 
-from recbole_mm.errors import UserError
+from recbole_mm.errors import UserError, told
 
 HELP = """\
 usage: run_recbole_mm.py --model=NAME[,NAME...] --dataset=NAME [--KEY=VALUE ...]
@@ -76,28 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(HELP)
             return 0
         _run(flags)
-    except UserError as error:
-        if debug:
-            raise
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("\nInterrupted; go on with --resume.", file=sys.stderr)
         return 130
-    except OSError as error:
-        if debug:
-            raise
-        what = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-        print(f"Error: {what}. Is it the right place, and may you write there?", file=sys.stderr)
-        return 1
     except Exception as error:
         if debug:
             raise
-        print(
-            f"Error: {type(error).__name__}: {error}. If no value of yours explains it, this is a "
-            "bug of ours: --debug shows where.",
-            file=sys.stderr,
-        )
+        print(told(error), file=sys.stderr)
         return 1
     return 0
 
