@@ -23,7 +23,7 @@ MENDED: dict[str, str] = {
     **{
         name: f"recbole_mm.model.zoo:{name}"
         for name in (
-            *("DiffRec", "GRU4Rec", "KSR", "LDiffRec", "MacridVAE"),
+            *("BERT4Rec", "DiffRec", "GRU4Rec", "KSR", "LDiffRec", "MacridVAE"),
             *("MultiVAE", "RaCT", "Random", "RippleNet", "S3Rec", "SASRec"),
         )
     },

@@ -1,6 +1,6 @@
 """RecBole's models mended, each under its own name: types, stages in one run, whole resumes.
 
-`SASRec` and `GRU4Rec` are also offered `train_mode: whole`.
+`SASRec`, `GRU4Rec` and `BERT4Rec` are also offered `train_mode: whole`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,49 @@ class SASRec(WholeSequences, sequential.SASRec):
 
 class GRU4Rec(WholeSequences, sequential.GRU4Rec):
     """Tan et al., Improved recurrent neural networks for session-based recommendation, 2016."""
+
+
+class BERT4Rec(sequential.BERT4Rec):
+    """Sun et al., BERT4Rec, CIKM 2019; in ``train_mode: whole`` a row is a user, as in the paper.
+
+    RecBole masks every prefix of a user anew, and never the user's last training item.
+    """
+
+    train_modes = ("prefix", "whole")
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        self.ft_ratio: float = config["ft_ratio"]
+
+    def calculate_loss(self, interaction: Interaction) -> Tensor:
+        """Mean cross entropy over the masked items of a whole-sequence batch, or RecBole's loss."""
+        if TARGETS not in interaction:
+            return super().calculate_loss(interaction)
+        first = interaction[self.ITEM_SEQ][:, :1]
+        sequence = torch.cat([first, interaction[TARGETS]], dim=1)  # (B, L)
+        if sequence.shape[1] > self.max_seq_length:  # a row of one more than there are positions
+            full = sequence[:, -1:] > 0
+            sequence = torch.where(full, sequence[:, 1:], sequence[:, :-1])
+        masked = self.masked_places(sequence)
+        states = self.forward(sequence.masked_fill(masked, self.mask_token))  # (B, L, D)
+        items = self.item_embedding.weight[: self.n_items]  # (V, D)
+        logits = states[masked] @ items.T + self.output_bias  # (N, V)
+        return F.cross_entropy(logits, sequence[masked])
+
+    def masked_places(self, sequence: Tensor) -> Tensor:
+        """Each item with chance ``mask_ratio``; ``ft_ratio`` of the rows and bare ones: the last.
+
+        Args:
+            sequence: item ids, right-padded with 0. Shape: (B, L).
+
+        Returns:
+            Whether a place is masked. Shape: (B, L), bool.
+        """
+        filled = sequence > 0
+        last = filled & (filled.cumsum(dim=1) == filled.sum(dim=1, keepdim=True))
+        drawn = filled & (torch.rand(sequence.shape, device=sequence.device) < self.mask_ratio)
+        tuning = torch.rand(len(sequence), 1, device=sequence.device) < self.ft_ratio  # (B, 1)
+        return torch.where(tuning | ~drawn.any(dim=1, keepdim=True), last, drawn)
 
 
 # --- types ---------------------------------------------------------------------------------------
