@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recbole_mm.backbone.prompt import Prompt
+from recbole_mm.backbone.prompt import Fork, Prompt
 
 
 @dataclass(frozen=True)
 class PromptBatch:
     """What one forward pass reads.
 
-    Padding stands on the right, where causal attention never looks back from: no mask is needed.
+    Padding stands on the right, where causal attention never looks back from: no mask is needed,
+    except between the branches of forks.
 
     Attributes:
         ids: token ids. Shape: (B, T).
         positions: rotary positions. Shape: (A, B, T).
-        last: index of each prompt's last token. Shape: (B,).
+        last: index of the last token of each prompt, or of each branch. Shape: (B, S).
         items: the items whose images are in the batch, each once.
         image_at: where image rows go, as indices into the flattened ids. Shape: (n,).
         image_row: which of the rows of all `items` goes there, one behind the other. Shape: (n,).
+        seen: which tokens each token attends to; None: all up to itself. Shape: (B, T, T), bool.
     """
 
     ids: Tensor
@@ -34,6 +36,7 @@ class PromptBatch:
     items: list[int]
     image_at: Tensor
     image_row: Tensor
+    seen: Tensor | None = None
 
     def to(self, device: torch.device) -> PromptBatch:
         """The batch on another device."""
@@ -44,6 +47,7 @@ class PromptBatch:
             self.items,
             self.image_at.to(device),
             self.image_row.to(device),
+            None if self.seen is None else self.seen.to(device),
         )
 
 
@@ -59,11 +63,26 @@ def collate(prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
     return PromptBatch(
         torch.from_numpy(ids),
         torch.from_numpy(positions),
-        torch.tensor([len(prompt) - 1 for prompt in prompts]),
+        torch.tensor([[len(prompt) - 1] for prompt in prompts]),
         items,
         torch.from_numpy(image_at),
         torch.from_numpy(image_row),
     )
+
+
+def collate_forks(forks: Sequence[Fork], pad_id: int) -> PromptBatch:
+    """Pads forks, all of as many branches, on the right to the longest.
+
+    A token of a branch attends to the trunk and to what stands before it in its own branch.
+    """
+    batch = collate([fork.prompt for fork in forks], pad_id)
+    ends = [[*fork.starts[1:], len(fork)] for fork in forks]
+    T = batch.ids.shape[1]
+    starts = torch.tensor([fork.starts for fork in forks])  # (B, S)
+    branch = (torch.arange(T)[:, None] >= starts[:, None, :]).sum(2)  # (B, T), 0 is the trunk
+    own = branch[:, :, None] == branch[:, None, :]  # (B, T, T)
+    seen = (own | (branch == 0)[:, None, :]) & torch.ones(T, T, dtype=torch.bool).tril()
+    return replace(batch, last=torch.tensor(ends) - 1, seen=seen)
 
 
 def _slots(

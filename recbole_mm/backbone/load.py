@@ -159,25 +159,34 @@ class Backbone(nn.Module):
         return FeatureLog(cache / f"vision-{key}", width, dtype)
 
     def hidden(self, batch: PromptBatch, images: ItemImages, positions: int = 1) -> Tensor:
-        """Final hidden states of the last `positions` tokens of each prompt, in one forward pass.
+        """Final hidden states at the ends of prompts, in one forward pass.
 
         Args:
-            batch: padded prompts.
+            batch: padded prompts, or forks of S branches; S is 1 for prompts.
             images: where the rows of the batch's image items come from.
-            positions: S, tokens to read from the end of each prompt.
+            positions: P, tokens to read from each end.
 
         Returns:
-            Shape: (B, S, D).
+            Shape: (B, S * P, D).
         """
         batch = batch.to(self.device)
         language_model = self.family.language_model(self.model)
         embeds = self._embed(batch, images)  # (B, T, D)
         states = language_model(
-            inputs_embeds=embeds, position_ids=batch.positions, use_cache=False
+            inputs_embeds=embeds,
+            attention_mask=None if batch.seen is None else _additive(batch.seen, embeds.dtype),
+            position_ids=batch.positions,
+            use_cache=False,
         ).last_hidden_state  # (B, T, D)
         back = torch.arange(positions - 1, -1, -1, device=states.device)
-        at = batch.last[:, None] - back  # (B, S)
-        return states.gather(1, at[:, :, None].expand(-1, -1, states.shape[2]))  # (B, S, D)
+        at = (batch.last[:, :, None] - back).flatten(1)  # (B, S * P)
+        return states.gather(1, at[:, :, None].expand(-1, -1, states.shape[2]))
+
+    @property
+    def can_fork(self) -> bool:
+        """Whether its attention takes a mask, which flash attention does not."""
+        model: Any = self.model
+        return str(model.config._attn_implementation) != "flash_attention_2"
 
     def _embed(self, batch: PromptBatch, images: ItemImages) -> Tensor:
         """Token embeddings with image rows in their slots. Shape: (B, T, D)."""
@@ -188,6 +197,12 @@ class Backbone(nn.Module):
         rows = torch.cat(images.rows(self.model, batch.items)).to(embeds)  # (n distinct, D)
         flat = embeds.flatten(0, 1)  # (B * T, D)
         return flat.index_copy(0, batch.image_at, rows[batch.image_row]).view_as(embeds)
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """The form of a mask that every implementation of attention takes. (B, T, T) -> (B, 1, T, T)"""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
 def load_backbone(

@@ -83,6 +83,30 @@ def join(pieces: Sequence[Prompt]) -> Prompt:
     )
 
 
+@dataclass(frozen=True)
+class Fork:
+    """Prompts that begin alike, as one: a trunk and its branches, of which none sees another.
+
+    Attributes:
+        prompt: all tokens; the positions of every branch go on from the trunk's.
+        starts: the first token of each branch, ascending.
+    """
+
+    prompt: Prompt
+    starts: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+
+def fork(trunk: Prompt, branches: Sequence[Prompt]) -> Fork:
+    """Puts every branch behind the trunk."""
+    aside = [Prompt(b.ids, b.positions, 0, b.slots) for b in branches]  # moves nothing on
+    lengths = [len(trunk), *map(len, branches)]
+    starts = np.cumsum(lengths)[:-1]
+    return Fork(join([trunk, *aside]), tuple(int(start) for start in starts))
+
+
 def clean_text(text: str) -> str:
     """NFKC without control, bidi, zero-width and unassigned characters; single spaces.
 
@@ -182,7 +206,22 @@ class PromptWriter:
             history: item ids, oldest first.
             candidates: item ids, at most one a letter.
         """
-        pieces = [self._opening, *(self.line(item) for item in history), self._between]
+        return join([self._asking(history), self._offering(candidates)])
+
+    def write_fork(self, history: Iterable[int], sets: Sequence[Sequence[int]]) -> Fork:
+        """The prompts of several candidate sets for one history, which stands there once.
+
+        Args:
+            history: item ids, oldest first.
+            sets: item ids of each set, at most one a letter.
+        """
+        return fork(self._asking(history), [self._offering(candidates) for candidates in sets])
+
+    def _asking(self, history: Iterable[int]) -> Prompt:
+        return join([self._opening, *(self.line(item) for item in history), self._between])
+
+    def _offering(self, candidates: Sequence[int]) -> Prompt:
+        pieces: list[Prompt] = []
         for label, item in zip(self._labels[: len(candidates)], candidates, strict=True):
             pieces += (label, self.line(item))
         return join([*pieces, self._closing])

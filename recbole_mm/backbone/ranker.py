@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recbole_mm.backbone.batch import by_length, collate
+from recbole_mm.backbone.batch import by_length, collate, collate_forks
 from recbole_mm.backbone.load import Backbone, BackboneSpec, load_backbone
 from recbole_mm.backbone.prompt import Prompt, PromptStyle, PromptWriter, join, text_piece
 from recbole_mm.backbone.verbalizer import Verbalizer
@@ -102,6 +102,33 @@ class LetterRanker(nn.Module):
         for rows in by_length(lengths, self.max_tokens):
             logits = self._letters([prompts[row] for row in rows], candidates.shape[1])
             out[rows] = logits.log_softmax(dim=1).cpu()
+        return out
+
+    @torch.no_grad()
+    def set_log_probs(self, histories: Sequence[Ints], sets: Ints) -> Tensor:
+        """`log_probs` of several candidate sets a history, which is read once; on the CPU.
+
+        Args:
+            histories: item ids, oldest first. B arrays.
+            sets: item ids, in the order of their letters. Shape: (B, S, K).
+
+        Returns:
+            Shape: (B, S, K).
+        """
+        B, S, K = sets.shape
+        if not self.backbone.can_fork:
+            each = [history for history in histories for _ in range(S)]
+            return self.log_probs(each, sets.reshape(B * S, K)).view(B, S, K)
+        forks = [
+            self.writer.write_fork(history.tolist(), row.tolist())
+            for history, row in zip(histories, sets, strict=True)
+        ]
+        out = torch.empty(B, S, K)
+        for rows in by_length([len(fork) for fork in forks], self.max_tokens):
+            batch = collate_forks([forks[row] for row in rows], self.backbone.pad_id)
+            hidden = self.backbone.hidden(batch, self.images)  # (b, S, D)
+            logits = self.verbalizer.logits(hidden, self.backbone.head, K)  # (b, S, K)
+            out[rows] = logits.log_softmax(dim=2).cpu()
         return out
 
     def forget(self) -> None:

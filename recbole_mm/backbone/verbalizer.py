@@ -51,14 +51,14 @@ class Verbalizer:
         """Letter logits in fp32.
 
         Args:
-            hidden: final hidden state where the answer begins. Shape: (B, D).
+            hidden: final hidden state where the answer begins. Shape: (..., D).
             head: the language model head, a Linear of the whole vocabulary.
             count: K, the number of letters to read.
 
         Returns:
-            Shape: (B, K).
+            Shape: (..., K).
         """
         layer: Any = head
         rows = torch.as_tensor(self.ids[:count], device=hidden.device)
         bias = None if layer.bias is None else layer.bias[rows].float()
-        return F.linear(hidden.float(), layer.weight[rows].float(), bias)  # (B, K)
+        return F.linear(hidden.float(), layer.weight[rows].float(), bias)  # (..., K)
