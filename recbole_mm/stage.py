@@ -35,6 +35,7 @@ class StageSettings:
     patience: int = 10  # validations without a better one before the stage stops
     valid_metric: str = "ndcg@10"
     valid_users: int | None = None  # validate on a seeded sample of this many users; None: all
+    validate_first: bool = False  # before the first step too: the weights it begins with may stay
 
 
 # Plain keys of the configuration that a stage can have its own of: the stage `ranker` reads
@@ -102,7 +103,8 @@ class Stage:
 
     def valid_rows(self, context: StageContext) -> Tensor | None:
         """Rows of `context.valid` to validate on while training; None: all. Shape: (n,)."""
-        return None
+        size = self.settings.valid_users
+        return None if size is None else seeded_rows(len(context.valid), size, context.seed)
 
     def state(self) -> dict[str, Tensor]:
         """What `model.safetensors` of this stage holds; by default the module's whole state."""
@@ -118,6 +120,14 @@ class Stage:
 
     def restore(self, finished: Mapping[str, Any]) -> None:
         """Takes back what `finish` returned, when a finished stage is loaded."""
+
+
+def seeded_rows(n_rows: int, size: int, seed: int) -> Tensor | None:
+    """A seeded sample of row numbers in ascending order, or None for all. Shape: (size,)."""
+    if size >= n_rows:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(n_rows, generator=generator)[:size].sort().values
 
 
 @dataclass

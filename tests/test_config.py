@@ -131,8 +131,8 @@ def test_mistakes_are_told(overrides: dict[str, str], sentence: str) -> None:
 
 
 def test_a_model_that_cannot_train_whole_says_so() -> None:
-    with pytest.raises(UserError, match="BERT4Rec does not train in mode 'whole'"):
-        config("BERT4Rec", train_mode="whole")
+    with pytest.raises(UserError, match="NARM does not train in mode 'whole'"):
+        config("NARM", train_mode="whole")
 
 
 def test_unknown_names() -> None:
@@ -461,7 +461,7 @@ def test_a_stage_can_have_its_own_of_each_setting() -> None:
     given = config("PRIME", **{f"retriever_{key}": value for key, value in values.items()})
     found = stage_settings(given, given.model_class.stage_names)
     assert astuple(found["retriever"]) == (
-        *(3, 0.5, 0.25, 1e-4, 7, 2, 12.0, "linear", 4, 6, 8, 9, "mrr@5", 11),
+        *(3, 0.5, 0.25, 1e-4, 7, 2, 12.0, "linear", 4, 6, 8, 9, "mrr@5", 11, False),
     )
     plain = config("PRIME")
     assert found["ranker"] == stage_settings(plain, ["ranker"])["ranker"]

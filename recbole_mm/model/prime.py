@@ -14,12 +14,14 @@ Differs from the official code:
 - Gradients of micro-batches are averaged; official code adds them up and then clips.
 - Metrics are of one complete ranking a user: the head in ranker order, the tail in the retriever's.
 - `fusion: valid` adds the retriever's scores to the ranker's, weighted on validation data.
-- Preference optimisation is a stage of its own.
+- Preference optimisation draws both sets of all positions at once from one causal pass, and breaks
+  a tie of ranks by the ranker's probability of the target; official code takes the first set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,9 @@ from torch import Tensor
 
 from recbole_mm.data.content import ItemContent
 from recbole_mm.errors import UserError
+from recbole_mm.model.layers.preference_stage import PreferenceSettings, PreferenceStage
 from recbole_mm.model.layers.ranker_stage import RankerStage
-from recbole_mm.model.layers.ranking import fuse, lift, top_candidates
+from recbole_mm.model.layers.ranking import demotion, fuse, lift, top_candidates
 from recbole_mm.model.lrurec import LRURec, RetrieverStage
 from recbole_mm.stage import Readout, Stage, StageSettings
 
@@ -47,14 +50,17 @@ class PRIME(SequentialRecommender):
 
     Attributes:
         retriever: an LRURec.
+        policy: what preference optimisation makes of it, or None without that stage.
         ranker: a `LetterRanker`, or None when no stage needs one.
-        active: what `full_sort_predict` returns: ``retriever``, ``ranker`` or ``fusion``.
-        alpha: weight of the retriever in ``fusion``.
+        source: whose candidates `full_sort_predict` returns: ``retriever`` or ``preference``.
+        active: in which order: ``retriever``, ``masked`` (items of the history at the end of all),
+            ``demoted`` (at the end of the K best), ``ranker`` or ``fusion``.
+        alphas: weight of each source in ``fusion``.
         backbone_name: for the result.
     """
 
     train_modes = LRURec.train_modes
-    stage_names = ("retriever", "ranker")
+    stage_names = ("retriever", "ranker", "preference")
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
@@ -70,38 +76,78 @@ class PRIME(SequentialRecommender):
         # A reranked head moves no target that is not in it, so that users whose target was not
         # retrieved need no ranker; other metrics look at whole lists.
         self.only_hits = {str(name).lower() for name in config["metrics"]} <= _OF_THE_TARGET
-        self.active, self.alpha = "retriever", 0.0
+        self.source = self.active = "retriever"
+        self.alphas = {"retriever": 0.0, "preference": 0.0}
         self._kept: dict[bytes, Tensor] = {}
         self.retriever = LRURec(config, dataset)
         wanted = list(config["stages"] or self.stage_names)
+        self.preference = _preference(config)
+        self.policy = deepcopy(self.retriever) if "preference" in wanted else None
         self.ranker = _ranker(config, dataset) if wanted != ["retriever"] else None
         self.backbone_name = self.ranker.backbone.name if self.ranker else None
 
     # --- stages ----------------------------------------------------------------------
     def enter(self, stage_name: str) -> None:
         """Scores are now those of this stage."""
-        self.active = stage_name
+        if stage_name == "preference":
+            self.read("preference", "ranker")
+        else:
+            self.read("retriever", stage_name)
+
+    def read(self, source: str, active: str) -> None:
+        """Scores are now those of this retriever in this order."""
+        self.source, self.active = source, active
+
+    @property
+    def scoring(self) -> LRURec:
+        """The retriever whose candidates are ranked now."""
+        return self.policy if self.policy and self.source == "preference" else self.retriever
+
+    @property
+    def alpha(self) -> float:
+        """Weight of that retriever in ``fusion``."""
+        return self.alphas[self.source]
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self.alphas[self.source] = value
 
     def make_stages(self, settings: Mapping[str, StageSettings], train_dataset: Any) -> list[Stage]:
         """The stages in order, on the training part of a dataset."""
-        retriever: Stage = RetrieverStage(
-            "retriever", self.retriever, settings["retriever"], train_dataset
-        )
-        if self.ranker is None:
-            return [retriever]
-        return [retriever, RankerStage("ranker", self, settings["ranker"], train_dataset)]
+        stages: list[Stage] = [
+            RetrieverStage("retriever", self.retriever, settings["retriever"], train_dataset)
+        ]
+        if self.ranker is not None:
+            stages.append(RankerStage("ranker", self, settings["ranker"], train_dataset))
+        if self.policy is not None:
+            how = settings["preference"]
+            stages.append(PreferenceStage("preference", self, how, self.preference, train_dataset))
+        return stages
 
     def readouts(self, last_stage: str) -> list[Readout]:
         """The rows of the result, once the stages up to `last_stage` are in place."""
         if last_stage == "retriever":
-            return [Readout("retriever", lambda: self.enter("retriever"))]
-        fused = self.fusion == "valid"
-        alpha = self.alpha if self.alpha != float("inf") else "inf"
-        return [
-            Readout("retriever", lambda: self.enter("retriever"), chosen=False),
-            Readout("ranker", lambda: self.enter("ranker"), chosen=not fused),
-            Readout("ranker+fusion", lambda: self.enter("fusion"), fused, {"fusion_alpha": alpha}),
+            return [self._readout("retriever", "retriever", "retriever", chosen=True)]
+        way = "fusion" if self.fusion == "valid" else "ranker"
+        rows = [
+            self._readout("retriever", "retriever", "retriever"),
+            self._readout("retriever masked", "retriever", "masked"),
+            self._readout("demoted history", "retriever", "demoted"),
         ]
+        for stage, source in (("ranker", "retriever"), ("preference", "preference")):
+            if stage == "preference" and last_stage != "preference":
+                break
+            last = stage == last_stage
+            rows += [
+                self._readout(stage, source, "ranker", last and way == "ranker"),
+                self._readout(f"{stage}+fusion", source, "fusion", last and way == "fusion"),
+            ]
+        return rows
+
+    def _readout(self, name: str, source: str, active: str, chosen: bool = False) -> Readout:
+        alpha = self.alphas[source] if self.alphas[source] != float("inf") else "inf"
+        extra = {"fusion_alpha": alpha} if active == "fusion" else {}
+        return Readout(name, lambda: self.read(source, active), chosen, extra)
 
     # --- scores ----------------------------------------------------------------------
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
@@ -111,10 +157,14 @@ class PRIME(SequentialRecommender):
         order. Where the interaction names the targets and no metric looks beyond them, rows whose
         target is not among the K are left as they are: their metrics cannot differ.
         """
-        scores = self.retriever.full_sort_predict(interaction)
+        scores = self.scoring.full_sort_predict(interaction)
         if self.active == "retriever":
             return scores
+        if self.active == "masked":
+            return scores.scatter(1, interaction[self.ITEM_SEQ], -torch.inf)
         candidates = self.candidates(interaction, scores)  # (B, K)
+        if self.active == "demoted":
+            return lift(scores, candidates, demotion(candidates, interaction[self.ITEM_SEQ]))
         rows = self._rows_to_rank(interaction, candidates)
         if len(rows) == 0:
             return scores
@@ -149,12 +199,12 @@ class PRIME(SequentialRecommender):
         keys = [h.tobytes() + b"|" + c.tobytes() for h, c in zip(histories, rows, strict=True)]
         new = {key: row for row, key in enumerate(keys) if key not in self._kept}
         if new:
-            asked, back = self._in_prompt_order(rows[list(new.values())])
+            asked, back = self.in_prompt_order(rows[list(new.values())])
             found = ranker.log_probs([histories[row] for row in new.values()], asked)
             self._kept.update(zip(new, found.gather(1, torch.from_numpy(back)), strict=True))
         return torch.stack([self._kept[key] for key in keys]).to(candidates.device)
 
-    def _in_prompt_order(self, candidates: Ints) -> tuple[Ints, Ints]:
+    def in_prompt_order(self, candidates: Ints) -> tuple[Ints, Ints]:
         """Candidates as the prompt lists them, and where each then stands. Shapes: (B, K)."""
         places = np.tile(np.arange(candidates.shape[1]), (len(candidates), 1))  # (B, K)
         if self.shuffle_candidates:
@@ -206,6 +256,17 @@ def _ranker(config: Any, dataset: Any) -> Any:
     )
     return build_ranker(
         BackboneSpec.from_mapping({**config["backbone_spec"], **own}), settings, content
+    )
+
+
+def _preference(config: Any) -> PreferenceSettings:
+    return PreferenceSettings(
+        config["beta"],
+        config["set_prob"],
+        config["neither"],
+        config["labeler"],
+        config["set_temperature"],
+        config["preference_dropout_prob"],
     )
 
 

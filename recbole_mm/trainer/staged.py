@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from recbole.utils import dict2str, get_tensorboard, set_color
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -168,6 +167,8 @@ class StageLoop:
     def run(self) -> None:
         """Trains to the end of the stage, from where an earlier attempt was saved."""
         self._go_on()
+        if self.settings.validate_first and self.position.step == 0:
+            self._validate()
         plan = self.stage.plan(self.position.epoch)
         if not plan:
             raise UserError(f"Stage {self.stage.name}: the training data hold nothing to learn.")
@@ -370,11 +371,3 @@ class StageLoop:
             total = per_epoch * self.settings.epochs
             self._steps = min(total, self.settings.max_steps or total)
         return self._steps
-
-
-def seeded_rows(n_rows: int, size: int | None, seed: int) -> Tensor | None:
-    """A seeded sample of row numbers in ascending order, or None for all. Shape: (size,)."""
-    if size is None or size >= n_rows:
-        return None
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(n_rows, generator=generator)[:size].sort().values

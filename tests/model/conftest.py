@@ -29,7 +29,7 @@ def world(mini: Path) -> World:
 
 @pytest.fixture(scope="session")
 def trained(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Both stages trained a little, through the trainer."""
+    """All stages trained a little, through the trainer."""
     world = world_of(mini)
     saved = tmp_path_factory.mktemp("saved")
     run = Run.start(saved, world.config)

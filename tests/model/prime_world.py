@@ -10,7 +10,6 @@ import torch
 from recbole.data.interaction import Interaction
 
 from recbole_mm.config import MMConfig
-from recbole_mm.model.layers.ranker_stage import RankerStage
 from recbole_mm.model.prime import PRIME
 from recbole_mm.quick_start import Data, build_model, prepare_data
 from recbole_mm.trainer.run import Run
@@ -34,6 +33,10 @@ SMALL = {
     "ranker_warmup_steps": 0,
     "ranker_batch_size": 8,
     "ranker_valid_users": 0,
+    "preference_max_steps": 2,
+    "preference_eval_every": 1,
+    "preference_warmup_steps": 0,
+    "preference_valid_users": 0,
     "show_progress": False,
 }
 METRICS = ("recall", "mrr", "ndcg", "hit")
@@ -47,11 +50,11 @@ class World:
     data: Data
     model: PRIME
 
-    def stage(self) -> RankerStage:
-        """A ranker stage, prepared as the trainer does."""
+    def stage(self, name: str = "ranker") -> Any:
+        """One of its stages."""
         settings = stage_settings(self.config, PRIME.stage_names)
-        stage: Any = self.model.make_stages(settings, self.data.train._dataset)[1]
-        return stage
+        stages = self.model.make_stages(settings, self.data.train._dataset)
+        return next(stage for stage in stages if stage.name == name)
 
     def rows(self, phase: str = "test") -> Interaction:
         """All rows of a phase: history and target."""
@@ -90,7 +93,7 @@ class Trained:
         """The test metrics of one row of the result."""
         model = self.world.model
         model.only_hits = only_hits
-        next(r for r in model.readouts("ranker") if r.name == readout).use()
+        next(r for r in model.readouts("preference") if r.name == readout).use()
         return self.trainer.evaluate(self.world.data.test, load_best_model=False)
 
 

@@ -229,7 +229,7 @@ def test_shuffled_candidates_are_scored_in_another_order_and_come_back_in_theirs
     with torch.no_grad():
         candidates = model.candidates(rows, model.retriever.full_sort_predict(rows))
         found = model.rank(rows, candidates)
-        shown, back = model._in_prompt_order(candidates.numpy())
+        shown, back = model.in_prompt_order(candidates.numpy())
         assert np.array_equal(np.take_along_axis(shown, back, axis=1), candidates.numpy())
         assert (shown != candidates.numpy()).any(axis=1).mean() > 0.9
         scored = model.the_ranker().log_probs(model._histories(rows), shown)
@@ -237,7 +237,7 @@ def test_shuffled_candidates_are_scored_in_another_order_and_come_back_in_theirs
         of_item = dict(zip(shown[row].tolist(), scored[row].tolist(), strict=True))
         expected = [of_item[item] for item in candidates[row].tolist()]
         assert found[row].tolist() == pytest.approx(expected, abs=1e-5)
-    again, _ = world_of(mini, candidate_order="shuffled").model._in_prompt_order(candidates.numpy())
+    again, _ = world_of(mini, candidate_order="shuffled").model.in_prompt_order(candidates.numpy())
     assert np.array_equal(again, shown)
 
 
@@ -316,7 +316,11 @@ def test_all_rows_are_read_out_and_the_configured_one_is_the_result(
 ) -> None:
     model = world_of(mini, fusion=fusion).model
     rows = model.readouts("ranker")
-    assert [row.name for row in rows] == ["retriever", "ranker", "ranker+fusion"]
+    always = ["retriever", "retriever masked", "demoted history", "ranker", "ranker+fusion"]
+    assert [row.name for row in rows] == always
     assert [row.name for row in rows if row.chosen] == [chosen]
+    rows = model.readouts("preference")
+    assert [row.name for row in rows] == [*always, "preference", "preference+fusion"]
+    assert [row.name for row in rows if row.chosen] == [chosen.replace("ranker", "preference")]
     (only,) = model.readouts("retriever")
     assert only.chosen

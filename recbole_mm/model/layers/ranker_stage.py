@@ -19,6 +19,7 @@ from recbole_mm.model.layers.ranking import (
     choose_alpha,
     item_counts,
     lettered,
+    ndcg,
     prefix_samples,
 )
 from recbole_mm.stage import Stage, StageContext, StageSettings
@@ -36,7 +37,70 @@ class RankerBatch:
     seed: tuple[int, int, int]
 
 
-class RankerStage(Stage):
+class RankedStage(Stage):
+    """A stage of a two-stage model: what it retrieves for validation, and the weight of `fusion`.
+
+    Args:
+        model: a `PRIME`; what it reads is decided by its `enter`.
+    """
+
+    model: Any
+
+    @torch.no_grad()
+    def hits(self, context: StageContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Validation rows with a retrieved target, their candidates (n, K) and those's scores."""
+        model = self.model
+        model.scoring.eval()
+        found = []
+        for rows in torch.arange(len(context.valid)).split(_ROWS_AT_ONCE):
+            part = context.valid[rows].to(model.device)
+            scores = model.scoring.full_sort_predict(part)  # (B, V)
+            candidates = model.candidates(part, scores)  # (B, K)
+            hit = (candidates == part[model.ITEM_ID][:, None]).any(dim=1).nonzero()[:, 0]
+            best = scores.gather(1, candidates)[hit]
+            found.append((rows[hit.cpu()], candidates[hit], best))
+        rows, candidates, best = zip(*found, strict=True)
+        return torch.cat(rows), torch.cat(candidates), torch.cat(best)
+
+    def retrieval(self, context: StageContext) -> dict[str, float]:
+        """Of all validation users: how often the target is retrieved, recall@10 and ndcg@10."""
+        rows, candidates, _ = self.hits(context)
+        places = self._places(context, rows, candidates)
+        share = len(rows) / max(1, len(context.valid))
+        order = -torch.arange(candidates.shape[1], dtype=torch.float32).expand(candidates.shape)
+        return {
+            "retrieval_rate": round(share, 6),
+            "recall@10": round(int((places < 10).sum()) / max(1, len(context.valid)), 6),
+            "ndcg@10": round(ndcg(order, places.cpu()) * share, 6),
+        }
+
+    def _places(self, context: StageContext, rows: Tensor, candidates: Tensor) -> Tensor:
+        """Where the target stands among each row's candidates. Shape: (n,)."""
+        targets = context.valid[rows][self.model.ITEM_ID].to(candidates.device)
+        return (candidates == targets[:, None]).float().argmax(dim=1)
+
+    def finish(self, context: StageContext) -> dict[str, Any]:
+        """Chooses the weight of the retriever in `fusion` on the validation rows."""
+        rows, candidates, best = self.hits(context)
+        if len(rows) == 0:
+            self.model.alpha = float("inf")
+            return {"fusion_alpha": "inf", "validation_hits": 0}
+        self.model.eval()
+        ranking = self.model.rank(context.valid[rows], candidates)
+        places = self._places(context, rows, candidates)
+        self.model.alpha, tried = choose_alpha(ranking, best, places)
+        return {
+            "fusion_alpha": str(self.model.alpha),
+            "validation_hits": len(rows),
+            "hits_ndcg@10": {str(alpha): round(value, 6) for alpha, value in tried.items()},
+        }
+
+    def restore(self, finished: Mapping[str, Any]) -> None:
+        """Takes back the weight of the retriever."""
+        self.model.alpha = float(finished.get("fusion_alpha", 0.0))
+
+
+class RankerStage(RankedStage):
     """Trains the ranker to name the label among sampled negatives (PRIME, section 3.2.2).
 
     Args:
@@ -103,7 +167,7 @@ class RankerStage(Stage):
     # --- validation ----------------------------------------------------------------------
     def valid_rows(self, context: StageContext) -> Tensor | None:
         """A seeded sample of the users whose target was retrieved: no other can tell anything."""
-        rows = self._hits(context)[0]
+        rows = self.hits(context)[0]
         size = self.settings.valid_users
         if len(rows) == 0:
             return None
@@ -111,44 +175,6 @@ class RankerStage(Stage):
             return rows
         generator = torch.Generator().manual_seed(context.seed)
         return rows[torch.randperm(len(rows), generator=generator)[:size]].sort().values
-
-    @torch.no_grad()
-    def _hits(self, context: StageContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Validation rows with a retrieved target, their candidates (n, K) and those's scores."""
-        model = self.model
-        model.retriever.eval()
-        found = []
-        for rows in torch.arange(len(context.valid)).split(_ROWS_AT_ONCE):
-            part = context.valid[rows].to(model.device)
-            scores = model.retriever.full_sort_predict(part)  # (B, V)
-            candidates = model.candidates(part, scores)  # (B, K)
-            hit = (candidates == part[model.ITEM_ID][:, None]).any(dim=1).nonzero()[:, 0]
-            best = scores.gather(1, candidates)[hit]
-            found.append((rows[hit.cpu()], candidates[hit], best))
-        rows, candidates, best = zip(*found, strict=True)
-        return torch.cat(rows), torch.cat(candidates), torch.cat(best)
-
-    def finish(self, context: StageContext) -> dict[str, Any]:
-        """Chooses the weight of the retriever in `fusion` on the validation rows."""
-        rows, candidates, best = self._hits(context)
-        if len(rows) == 0:
-            self.model.alpha = float("inf")
-            return {"fusion_alpha": "inf", "validation_hits": 0}
-        self.model.eval()
-        valid = context.valid[rows]
-        ranking = self.model.rank(valid, candidates)
-        targets = valid[self.model.ITEM_ID].to(candidates.device)
-        places = (candidates == targets[:, None]).float().argmax(dim=1)
-        self.model.alpha, tried = choose_alpha(ranking, best, places)
-        return {
-            "fusion_alpha": str(self.model.alpha),
-            "validation_hits": len(rows),
-            "hits_ndcg@10": {str(alpha): round(value, 6) for alpha, value in tried.items()},
-        }
-
-    def restore(self, finished: Mapping[str, Any]) -> None:
-        """Takes back the weight of the retriever."""
-        self.model.alpha = float(finished.get("fusion_alpha", 0.0))
 
     # --- what is saved ----------------------------------------------------------------------
     def _trained(self) -> dict[str, Tensor]:
