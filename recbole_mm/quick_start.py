@@ -403,6 +403,7 @@ def _stages(place: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Every stage's record; what was measured now stands above what was measured in training."""
     stages = {name: dict(entry) for name, entry in place.state["stages"].items()}
     for name, entry in stages.items():
+        entry.update(entry.pop("finished", {}))  # what the stage itself had to say
         entry.setdefault("steps", None)
         row = rows[0] if len(rows) == 1 else next((r for r in rows if r["name"] == name), None)
         if row:

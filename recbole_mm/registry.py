@@ -10,6 +10,7 @@ from typing import Any
 from recbole_mm.errors import UserError, nearest
 
 MODELS = {
+    "FMLPRec": "recbole_mm.model.fmlprec:FMLPRec",
     "LRURec": "recbole_mm.model.lrurec:LRURec",
     "PRIME": "recbole_mm.model.prime:PRIME",
 }

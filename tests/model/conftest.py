@@ -38,3 +38,9 @@ def trained(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
         patch.chdir(saved)  # RecBole writes its event files below the working directory
         trainer.fit(world.data.train, world.data.valid, world.data.test)
     return Trained(world, trainer, run)
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # RecBole writes log/ and log_tensorboard/ where it runs
+    return tmp_path

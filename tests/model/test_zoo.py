@@ -20,11 +20,12 @@ from torch import Tensor
 
 from recbole_mm import quick_start, registry
 from recbole_mm.config import MMConfig
-from recbole_mm.data.preparation import create_dataset, data_preparation
+from recbole_mm.data.preparation import create_dataset
 from recbole_mm.errors import UserError
 from recbole_mm.model import zoo, zoo_graph
 from tests.conftest import REPO
 from tests.data.atomic_data import random_interactions, write_atomic
+from tests.model.toy import keys, toy_data
 
 FAST = ("SASRec", "GRU4Rec", "BPR", "Pop", "EASE", "LightGCN", "FDSA")
 
@@ -45,33 +46,6 @@ GENERAL = (
 # No full sort: they score every pair of user and item, which takes DIEN an hour for all users.
 PAIRWISE = ("ConvNCF", "DIEN", "DIN")
 SMALLER = {name: {"limit_users": 60, "MAX_ITEM_LIST_LENGTH": 20} for name in PAIRWISE}
-
-
-def keys(folder: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "epochs": 1,
-        "user_inter_num_interval": "[20,40]",
-        "show_progress": False,
-        "state": "ERROR",
-        "checkpoint_dir": str(folder / "saved"),
-        **more,
-    }
-
-
-@pytest.fixture
-def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)  # RecBole writes log/ and log_tensorboard/ where it runs
-    return tmp_path
-
-
-def toy_data(folder: Path, model: str, lengths: list[int], **more: Any) -> tuple[Any, Any]:
-    """A configuration and the three loaders on a few random users."""
-    if not (folder / "toy").is_dir():
-        random_interactions(folder / "toy", lengths)
-    config = MMConfig(model, "toy", overrides=keys(folder, data_path=str(folder), **{
-        "user_inter_num_interval": "[1,inf)", "MAX_ITEM_LIST_LENGTH": 8, **more}))  # fmt: skip
-    dataset = create_dataset(config)
-    return config, data_preparation(config, dataset, config.model_class)
 
 
 # --- graphs ---

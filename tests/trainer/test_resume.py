@@ -25,6 +25,7 @@ SHOP = [
         "--topk=[5,10,25]",
     ),
     *("--ranker_batch_size=4", "--ranker_max_steps=6", "--ranker_eval_every=3"),
+    *("--train_batch_size=16", "--preference_max_steps=6", "--preference_eval_every=3"),
 ]
 
 
@@ -75,6 +76,7 @@ def kill_when(folder: Path, ready, *flags: str) -> None:
         ),
         ("BPR", ("--epochs=25",), lambda s: s["stages"].get("train", {}).get("epochs", 0) >= 5),
         ("PRIME", (), lambda s: s["stages"].get("ranker", {}).get("steps", 0) >= 4),
+        ("PRIME", (), lambda s: s["stages"].get("preference", {}).get("steps", 0) >= 4),
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted(
@@ -93,6 +95,11 @@ def test_killed_and_resumed_equals_uninterrupted(
     for name, stage in expected["stages"].items():
         for key in ("epochs", "steps", "stopped", "valid", "test"):
             assert resumed["stages"][name][key] == stage[key], (name, key)
+    if model == "PRIME":
+        said = resumed["stages"]["preference"]
+        assert said["ranker_calls"] == expected["stages"]["preference"]["ranker_calls"] > 0
+        assert said["retrieval_rate"] == said["after"]["retrieval_rate"]
+        assert {*said["before"]} == {*said["after"]} == {"retrieval_rate", "recall@10", "ndcg@10"}
 
 
 def test_a_finished_run_evaluates_again_in_a_fresh_process(tmp_path: Path) -> None:
