@@ -24,6 +24,7 @@ from recbole_mm.stage import STAGE_KEYS
 compat.require_recbole()
 compat.restore_numpy_aliases()
 
+import recbole  # noqa: E402
 from recbole.config import Config  # noqa: E402
 from recbole.utils import ModelType  # noqa: E402
 
@@ -296,9 +297,11 @@ class MMConfig(Config):
         super()._load_internal_config_dict(model, model_class, dataset)
         recbole_own = dict(self.internal_config_dict)
         self._lay(properties_dir() / "overall.yaml")
-        self._lay(property_file("model", model))
         dataset_file = property_file("dataset", dataset)
-        self._lay_backbone(self._for_this_model(dataset_file) if dataset_file else {})
+        dataset_yaml = self._for_this_model(dataset_file) if dataset_file else {}
+        self._lay_inner(model, model_class, dataset_yaml)
+        self._lay(property_file("model", model))
+        self._lay_backbone(dataset_yaml)
         self._lay(dataset_file)
         self._suit_model_type(model_class, recbole_own)
         self._settle_keys(model_class)
@@ -311,6 +314,23 @@ class MMConfig(Config):
         if path is not None:
             above = self._for_this_model(path)
             self.internal_config_dict = _over(self.internal_config_dict, above)
+
+    def _lay_inner(self, model: str, model_class: Any, dataset_yaml: Mapping[str, Any]) -> None:
+        """A model inside a model, PRIME's `retriever`: its YAML stands below the model's own."""
+        key = getattr(model_class, "inner_model", None)
+        if key is None:
+            return
+        default = read_yaml(property_file("model", model) or Path())[key]
+        name = str(self.external_config_dict.get(key, dataset_yaml.get(key, default)))
+        try:
+            inner = get_model(name)
+        except UserError as error:
+            raise UserError(str(error).replace("--model", f"--{key}")) from error
+        if inner.type != ModelType.SEQUENTIAL or inner is model_class:  # type: ignore[attr-defined]
+            raise UserError(f"--{key}: {name} is no sequential model, {model} needs one.")
+        recboles = Path(recbole.__file__).parent / "properties" / "model" / f"{name}.yaml"
+        for path in (recboles if recboles.is_file() else None, property_file("model", name)):
+            self._lay(path)
 
     def _lay_backbone(self, dataset_yaml: Mapping[str, Any]) -> None:
         """The backbone's own settings stand above the model's YAML and below the dataset's."""
@@ -392,9 +412,10 @@ class MMConfig(Config):
 
 
 def _stage_keys(model_class: Any) -> dict[str, Any]:
-    """`<stage>_<key>` of a model that trains in stages, each with a value of its type."""
+    """`<stage>_<key>` of a model that trains in stages; `<stage>_from` is whose weights to take."""
     stages = model_class.stage_names if hasattr(model_class, "make_stages") else ()
-    return {f"{stage}_{key}": value for stage in stages for key, value in STAGE_KEYS.items()}
+    keys = {**STAGE_KEYS, "from": ""}
+    return {f"{stage}_{key}": value for stage in stages for key, value in keys.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,7 @@ from recbole.evaluator.register import metric_information
 from recbole.utils import EvaluatorType, ModelType
 
 from recbole_mm.errors import UserError, nearest
+from recbole_mm.registry import get_model
 
 Final = Mapping[str, Any]
 
@@ -257,6 +258,7 @@ def check_all(model: str, model_class: Any, final: Final) -> None:
     _check_positive(model_class, stages, final)
     _check_metrics(stages, final)
     _check_protocol(model, model_class, final)
+    _check_inner(model, model_class, final)
     _check_train_mode(model, model_class, final)
     _check_stages(model, model_class, stages, final)
     _check_clipping(model, model_class, stages, final)
@@ -388,8 +390,40 @@ def _check_train_mode(model: str, model_class: Any, final: Final) -> None:
     mode = final["train_mode"]
     if mode not in ("prefix", "whole"):
         raise UserError(f"train_mode: '{mode}' is neither prefix nor whole.")
-    if mode not in getattr(model_class, "train_modes", ("prefix",)):
-        raise UserError(f"train_mode: {model} does not train in mode '{mode}'.")
+    trained = inner_class(model_class, final) or model_class
+    if mode == "whole" and final.get("loss_type", "CE") != "CE":
+        raise UserError(
+            f"train_mode: whole rows are trained with cross entropy: set loss_type: CE or "
+            f"train_mode: prefix, loss_type is {final['loss_type']}."
+        )
+    if mode not in getattr(trained, "train_modes", ("prefix",)):
+        name = model if trained is model_class else f"{model}'s {final[model_class.inner_model]}"
+        raise UserError(f"train_mode: {name} does not train in mode '{mode}'.")
+
+
+def inner_class(model_class: Any, final: Final) -> Any:
+    """The class of the model inside a model, or None where it has none."""
+    key = getattr(model_class, "inner_model", None)
+    return get_model(final[key]) if key else None
+
+
+def _check_inner(model: str, model_class: Any, final: Final) -> None:
+    """A model inside a model is trained by our stages: from sequences, by its own whole loss."""
+    inner = inner_class(model_class, final)
+    if inner is None:
+        return
+    key, name = model_class.inner_model, final[model_class.inner_model]
+    if final.get("loss_type", "CE") != "CE" or hasattr(inner, "input_type"):
+        raise UserError(
+            f"{key}: {name} trains on sampled negatives, {model}'s retriever on cross entropy: "
+            "set loss_type: CE where it has that, or take another."
+        )
+    prepared = final.get("transform") and final["train_mode"] != "whole"
+    if prepared or (len(getattr(inner, "stage_names", ())) > 1):
+        raise UserError(
+            f"{key}: {name} trains on rows or in stages that {model} does not make: "
+            "set train_mode: whole where it has that, or take another."
+        )
 
 
 def _check_stages(model: str, model_class: Any, stages: tuple[str, ...], final: Final) -> None:
@@ -397,6 +431,14 @@ def _check_stages(model: str, model_class: Any, stages: tuple[str, ...], final: 
     for name in final.get("stages") or ():
         if _is_staged(model_class) and name not in stages:
             raise UserError(f"stages: '{name}' is no stage of {model} ({', '.join(stages)}).")
+    asked = [name for name in stages if name in (final.get("stages") or stages)]
+    between = stages[stages.index(asked[0]) : stages.index(asked[-1])] if asked else ()
+    missing = [name for name in between if name not in asked]
+    if _is_staged(model_class) and missing:
+        raise UserError(
+            f"stages: {missing[0]} stands between {asked[0]} and {asked[-1]}: name it too, what "
+            "follows is trained on what it leaves."
+        )
 
 
 def _check_clipping(model: str, model_class: Any, stages: tuple[str, ...], final: Final) -> None:

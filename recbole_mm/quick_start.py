@@ -10,7 +10,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from logging import getLogger
@@ -82,7 +82,8 @@ def run(
         if newest and newest.state["status"] == "finished":
             return dict(json.loads((newest.folder / "result.json").read_text(encoding="utf-8")))
         resume = newest is not None
-    return _work(config, earlier_run(config, resume, _earlier_stages(config)), train=True)
+    named = config["stages"] if "stages" in config.external_config_dict else ()
+    return _work(config, earlier_run(config, resume, _earlier_stages(config)), True, named)
 
 
 def go_on(folder: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -96,9 +97,10 @@ def go_on(folder: str, overrides: Mapping[str, Any] | None = None) -> dict[str, 
         UserError: there is no such run, or a key differs from the run's.
     """
     place = Run.open(Path(folder))
-    config = _config_of(place, overrides or {})
+    asked = {"stages": place.state["asked"]} if place.state.get("asked") else {}
+    config = _config_of(place, {**asked, **(overrides or {})})
     check_same(place, config)
-    return _work(config, place, train=True)
+    return _work(config, place, True, config["stages"] if "stages" in (overrides or {}) else ())
 
 
 def check(
@@ -170,7 +172,10 @@ def _earlier_stages(config: MMConfig) -> list[str]:
     return names[: min(map(names.index, chosen), default=0)]
 
 
-def _work(config: MMConfig, place: Run | None, train: bool) -> dict[str, Any]:
+def _work(
+    config: MMConfig, place: Run | None, train: bool, named: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`named` are the stages that the user, and not only the model's YAML, asks for."""
     started = time.perf_counter()
     _reset_peak_memory(config["device"])
     _start_logging(config)
@@ -182,7 +187,10 @@ def _work(config: MMConfig, place: Run | None, train: bool) -> dict[str, Any]:
     if place is None:  # not sooner: a mistake in data or model leaves no empty run behind
         place = Run.start(Path(config["checkpoint_dir"]), config)
     elif train:
-        place.reopen(list(config["stages"] or ()) if _stages_are_named(config) else [])
+        place.reopen(named, getattr(model, "stage_names", ()))
+    if train:
+        place.state["asked"] = list(config["stages"] or ())
+        place.save()
     logger.info(f"Run folder: {place.folder}")
     logger.info(model)
     rows, trainer = (_staged if is_staged(model) else _zoo)(config, model, data, place, train)
@@ -192,11 +200,6 @@ def _work(config: MMConfig, place: Run | None, train: bool) -> dict[str, Any]:
         place.finish()
     logger.info(f"Run folder: {place.folder}")
     return result
-
-
-def _stages_are_named(config: MMConfig) -> bool:
-    """Whether the user, and not only the model's YAML, says which stages to train."""
-    return "stages" in config.external_config_dict
 
 
 def _start_logging(config: MMConfig) -> None:

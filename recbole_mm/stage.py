@@ -36,6 +36,7 @@ class StageSettings:
     valid_metric: str = "ndcg@10"
     valid_users: int | None = None  # validate on a seeded sample of this many users; None: all
     validate_first: bool = False  # before the first step too: the weights it begins with may stay
+    weights_from: str | None = None  # a run whose weights are taken; then nothing is trained
 
 
 # Plain keys of the configuration that a stage can have its own of: the stage `ranker` reads
@@ -77,11 +78,13 @@ class Stage:
         name: as in `stages:` of the configuration, e.g. ``retriever``.
         module: its parameters with ``requires_grad`` are trained and saved with the stage.
         settings: how it is optimised.
+        of_items: whether its weights belong to one catalogue of items.
     """
 
     name: str
     module: nn.Module
     settings: StageSettings
+    of_items = True
 
     def __init__(self, name: str, module: nn.Module, settings: StageSettings) -> None:
         self.name, self.module, self.settings = name, module, settings

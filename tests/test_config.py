@@ -461,7 +461,7 @@ def test_a_stage_can_have_its_own_of_each_setting() -> None:
     given = config("PRIME", **{f"retriever_{key}": value for key, value in values.items()})
     found = stage_settings(given, given.model_class.stage_names)
     assert astuple(found["retriever"]) == (
-        *(3, 0.5, 0.25, 1e-4, 7, 2, 12.0, "linear", 4, 6, 8, 9, "mrr@5", 11, False),
+        *(3, 0.5, 0.25, 1e-4, 7, 2, 12.0, "linear", 4, 6, 8, 9, "mrr@5", 11, False, None),
     )
     plain = config("PRIME")
     assert found["ranker"] == stage_settings(plain, ["ranker"])["ranker"]

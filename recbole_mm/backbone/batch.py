@@ -27,7 +27,7 @@ class PromptBatch:
         items: the items whose images are in the batch, each once.
         image_at: where image rows go, as indices into the flattened ids. Shape: (n,).
         image_row: which of the rows of all `items` goes there, one behind the other. Shape: (n,).
-        seen: which tokens each token attends to; None: all up to itself. Shape: (B, T, T), bool.
+        branch: of forks: 0 in the trunk, then the branch's number; None for prompts. Shape: (B, T).
     """
 
     ids: Tensor
@@ -36,7 +36,7 @@ class PromptBatch:
     items: list[int]
     image_at: Tensor
     image_row: Tensor
-    seen: Tensor | None = None
+    branch: Tensor | None = None
 
     def to(self, device: torch.device) -> PromptBatch:
         """The batch on another device."""
@@ -47,7 +47,7 @@ class PromptBatch:
             self.items,
             self.image_at.to(device),
             self.image_row.to(device),
-            None if self.seen is None else self.seen.to(device),
+            None if self.branch is None else self.branch.to(device),
         )
 
 
@@ -71,18 +71,32 @@ def collate(prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
 
 
 def collate_forks(forks: Sequence[Fork], pad_id: int) -> PromptBatch:
-    """Pads forks, all of as many branches, on the right to the longest.
-
-    A token of a branch attends to the trunk and to what stands before it in its own branch.
-    """
+    """Pads forks, all of as many branches, on the right to the longest."""
     batch = collate([fork.prompt for fork in forks], pad_id)
     ends = [[*fork.starts[1:], len(fork)] for fork in forks]
-    T = batch.ids.shape[1]
     starts = torch.tensor([fork.starts for fork in forks])  # (B, S)
-    branch = (torch.arange(T)[:, None] >= starts[:, None, :]).sum(2)  # (B, T), 0 is the trunk
-    own = branch[:, :, None] == branch[:, None, :]  # (B, T, T)
-    seen = (own | (branch == 0)[:, None, :]) & torch.ones(T, T, dtype=torch.bool).tril()
-    return replace(batch, last=torch.tensor(ends) - 1, seen=seen)
+    place = torch.arange(batch.ids.shape[1])
+    branch = (place[:, None] >= starts[:, None, :]).sum(2)  # (B, T)
+    return replace(batch, last=torch.tensor(ends) - 1, branch=branch)
+
+
+def branch_mask(branch: Tensor, dtype: torch.dtype) -> Tensor:
+    """What each token of a fork attends to: the trunk, and its own branch up to itself.
+
+    Args:
+        branch: see `PromptBatch`. Shape: (B, T).
+        dtype: of the mask: 0 where it attends and the lowest number elsewhere, which every
+            implementation of attention takes.
+
+    Returns:
+        Shape: (B, 1, T, T).
+    """
+    T = branch.shape[1]
+    unseen = branch[:, :, None] != branch[:, None, :]  # (B, T, T)
+    unseen &= (branch != 0)[:, None, :]
+    unseen |= torch.ones(T, T, dtype=torch.bool, device=branch.device).triu(1)
+    mask = torch.zeros(unseen.shape, dtype=dtype, device=branch.device)
+    return mask.masked_fill_(unseen, torch.finfo(dtype).min)[:, None]
 
 
 def _slots(

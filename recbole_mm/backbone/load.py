@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recbole_mm.backbone.batch import PromptBatch
+from recbole_mm.backbone.batch import PromptBatch, branch_mask
 from recbole_mm.backbone.families import FAMILIES, Family
 from recbole_mm.backbone.prompt import TextEncoder
 from recbole_mm.backbone.tiny import TinySizes, build_qwen2_vl, fingerprint, train_tokenizer
@@ -171,10 +171,10 @@ class Backbone(nn.Module):
         """
         batch = batch.to(self.device)
         language_model = self.family.language_model(self.model)
-        embeds = self._embed(batch, images)  # (B, T, D)
+        embeds, branch = self._embed(batch, images), batch.branch  # (B, T, D), (B, T) or None
         states = language_model(
             inputs_embeds=embeds,
-            attention_mask=None if batch.seen is None else _additive(batch.seen, embeds.dtype),
+            attention_mask=None if branch is None else branch_mask(branch, embeds.dtype),
             position_ids=batch.positions,
             use_cache=False,
         ).last_hidden_state  # (B, T, D)
@@ -197,12 +197,6 @@ class Backbone(nn.Module):
         rows = torch.cat(images.rows(self.model, batch.items)).to(embeds)  # (n distinct, D)
         flat = embeds.flatten(0, 1)  # (B * T, D)
         return flat.index_copy(0, batch.image_at, rows[batch.image_row]).view_as(embeds)
-
-
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """The form of a mask that every implementation of attention takes. (B, T, T) -> (B, 1, T, T)"""
-    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
 def load_backbone(

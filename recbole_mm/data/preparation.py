@@ -13,6 +13,7 @@ from recbole.data.utils import create_samplers, get_dataloader
 from recbole.sampler import KGSampler
 from recbole.utils import ModelType
 
+from recbole_mm.config_checks import inner_class
 from recbole_mm.data.dataset import BY_MODEL, BY_TYPE
 from recbole_mm.data.sequences import WholeFields, WholeTrainLoader, whole_windows
 from recbole_mm.errors import UserError
@@ -46,13 +47,14 @@ def choose_train_mode(config: Any, model_class: type) -> str:
     Raises:
         UserError: there is no such mode, or the model does not have it.
     """
-    offered: tuple[str, ...] = getattr(model_class, "train_modes", ("prefix",))
+    trained = inner_class(model_class, config) or model_class
+    offered: tuple[str, ...] = getattr(trained, "train_modes", ("prefix",))
     mode = config["train_mode"] or offered[0]
     if mode not in TRAIN_MODES:
         raise UserError(f"train_mode is '{mode}': set it to {' or '.join(TRAIN_MODES)}.")
     if mode not in offered:
         raise UserError(
-            f"{model_class.__name__} cannot train with train_mode '{mode}': "
+            f"{trained.__name__} cannot train with train_mode '{mode}': "
             f"set it to {' or '.join(offered)}."
         )
     return str(mode)

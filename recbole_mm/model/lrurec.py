@@ -21,22 +21,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import SequentialRecommender
 from torch import Tensor, nn
 
-from recbole_mm.data.sequences import (
-    STARTS,
-    TARGETS,
-    Ints,
-    WholeFields,
-    WholeRows,
-    collate,
-    epoch_plan,
-    whole_windows,
-)
+from recbole_mm.data.sequences import STARTS, TARGETS
 from recbole_mm.errors import UserError
 from recbole_mm.model.layers.losses import full_softmax_loss
 from recbole_mm.model.layers.lru import (
@@ -47,6 +37,7 @@ from recbole_mm.model.layers.lru import (
     real_cells,
     truncated_normal_init,
 )
+from recbole_mm.model.layers.retriever_stage import RetrieverStage, TrainingRows
 from recbole_mm.stage import Stage, StageSettings
 
 
@@ -178,10 +169,12 @@ class LRURec(SequentialRecommender):
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         _check(config)
-        self.train_mode: str = config["train_mode"]
-        self.batch_size: int = config["train_batch_size"]
-        self.seed: int = config["seed"]
-        self.length_buckets: bool = config["length_buckets"]
+        self.training_rows = TrainingRows(
+            config["train_mode"],
+            config["train_batch_size"],
+            config["seed"],
+            config["length_buckets"],
+        )
         self.bos_target: bool = config["bos_target"]
         self.decay_log_params: bool = config["decay_log_params"]
         self.encoder = LRUEncoder(
@@ -211,6 +204,10 @@ class LRURec(SequentialRecommender):
     def states(self, item_seq: Tensor) -> Tensor:
         """The state after every item, 0 at pads. (B, L) -> (B, L, D)."""
         return self.encoder.states(item_seq)
+
+    def scores_at(self, item_seq: Tensor, wanted: Tensor) -> Tensor:
+        """Scores of all items after every wanted place, from one pass. (B, L), (B, L) -> (N, V)."""
+        return self.encoder.scores(self.states(item_seq)[wanted])
 
     def predict(self, interaction: Interaction) -> Tensor:
         """Scores of one item a row. Shape: (B,)."""
@@ -245,13 +242,13 @@ class LRURec(SequentialRecommender):
         hidden, state = self.encoder.step(state, item)
         return self.encoder.scores(hidden), state
 
-    def param_groups(self, weight_decay: float, decay_lru: bool) -> list[dict[str, Any]]:
-        """Groups for AdamW: biases and LayerNorms never decay, `params_log` if `decay_lru`.
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for AdamW: biases and LayerNorms never decay, `params_log` if `decay_log_params`.
 
         Decay pulls nu, theta and gamma to exp(0) = 1, that is |lambda| to 0.37: a prior of quick
         forgetting, which the official code has.
         """
-        free = ["bias", "layer_norm"] + ([] if decay_lru else ["params_log"])
+        free = ["bias", "layer_norm"] + ([] if self.decay_log_params else ["params_log"])
         named = dict(self.named_parameters())
         fixed = [p for name, p in named.items() if any(part in name for part in free)]
         decayed = [p for name, p in named.items() if not any(part in name for part in free)]
@@ -267,51 +264,8 @@ class LRURec(SequentialRecommender):
         self, settings: Mapping[str, StageSettings], train_dataset: Any
     ) -> Sequence[Stage]:
         """The one stage of this model, on the training part of a dataset."""
-        return [RetrieverStage("train", self, settings["train"], train_dataset)]
-
-
-class RetrieverStage(Stage):
-    """Trains an LRURec by next-item cross entropy, on whole sequences or on prefix rows.
-
-    Args:
-        name: of the stage.
-        model: what is trained.
-        settings: how.
-        train_dataset: the training part, with its `train_sequences` and RecBole's prefix rows.
-    """
-
-    def __init__(
-        self, name: str, model: LRURec, settings: StageSettings, train_dataset: Any
-    ) -> None:
-        super().__init__(name, model, settings)
-        self.model = model
-        self.rows: WholeRows | Interaction = train_dataset.inter_feat
-        if model.train_mode == "whole":
-            self.rows = whole_windows(train_dataset.train_sequences, model.max_seq_length)
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The model's groups with this stage's weight decay."""
-        return self.model.param_groups(self.settings.weight_decay, self.model.decay_log_params)
-
-    def plan(self, epoch: int) -> list[Ints]:
-        """Shuffled batches of row numbers, those of `length_buckets` or just any rows together.
-
-        Putting rows of like length together saves padding, of which there is none here, and gives
-        the targets of short rows a larger weight in their batch's mean: it is off by default.
-        """
-        whole = isinstance(self.rows, WholeRows)
-        lengths = self.rows.lengths() if whole else np.ones(len(self.rows), dtype=np.int64)
-        bucket = whole and self.model.length_buckets
-        return epoch_plan(lengths, self.model.batch_size, self.model.seed, epoch, bucket)
-
-    def loss(self, batch: Ints) -> Tensor:
-        """The mean loss over the targets of these rows. Shape: ()."""
-        if isinstance(self.rows, WholeRows):
-            fields = WholeFields(self.model.USER_ID, self.model.ITEM_SEQ, self.model.ITEM_SEQ_LEN)
-            interaction = collate(self.rows, batch, fields)
-        else:
-            interaction = self.rows[torch.from_numpy(batch)]
-        return self.model.calculate_loss(interaction.to(self.model.device))
+        stage = RetrieverStage("train", self, settings["train"], self.training_rows, train_dataset)
+        return [stage]
 
 
 def _check(config: Any) -> None:

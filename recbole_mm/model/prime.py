@@ -37,7 +37,8 @@ from recbole_mm.errors import UserError
 from recbole_mm.model.layers.preference_stage import PreferenceSettings, PreferenceStage
 from recbole_mm.model.layers.ranker_stage import RankerStage
 from recbole_mm.model.layers.ranking import demotion, fuse, lift, top_candidates
-from recbole_mm.model.lrurec import LRURec, RetrieverStage
+from recbole_mm.model.layers.retriever_stage import RetrieverStage, TrainingRows
+from recbole_mm.registry import get_model
 from recbole_mm.stage import Readout, Stage, StageSettings
 
 Ints = NDArray[np.int64]
@@ -49,7 +50,7 @@ class PRIME(SequentialRecommender):
     """PRIME behind RecBole's interface; see the module's head.
 
     Attributes:
-        retriever: an LRURec.
+        retriever: an LRURec, or another sequential model.
         policy: what preference optimisation makes of it, or None without that stage.
         ranker: a `LetterRanker`, or None when no stage needs one.
         source: whose candidates `full_sort_predict` returns: ``retriever`` or ``preference``.
@@ -59,7 +60,7 @@ class PRIME(SequentialRecommender):
         backbone_name: for the result.
     """
 
-    train_modes = LRURec.train_modes
+    inner_model = "retriever"  # the key that names it; its YAML stands below PRIME's
     stage_names = ("retriever", "ranker", "preference")
 
     def __init__(self, config: Any, dataset: Any) -> None:
@@ -79,7 +80,13 @@ class PRIME(SequentialRecommender):
         self.source = self.active = "retriever"
         self.alphas = {"retriever": 0.0, "preference": 0.0}
         self._kept: dict[bytes, Tensor] = {}
-        self.retriever = LRURec(config, dataset)
+        self.training_rows = TrainingRows(
+            config["train_mode"],
+            config["train_batch_size"],
+            config["seed"],
+            config["length_buckets"],
+        )
+        self.retriever: Any = get_model(config["retriever"])(config, dataset)
         wanted = list(config["stages"] or self.stage_names)
         self.preference = _preference(config)
         self.policy = deepcopy(self.retriever) if "preference" in wanted else None
@@ -96,12 +103,14 @@ class PRIME(SequentialRecommender):
 
     def read(self, source: str, active: str) -> None:
         """Scores are now those of this retriever in this order."""
+        if source == "preference" and self.policy is None:
+            raise ValueError("this run has no stage preference")
         self.source, self.active = source, active
 
     @property
-    def scoring(self) -> LRURec:
+    def scoring(self) -> Any:
         """The retriever whose candidates are ranked now."""
-        return self.policy if self.policy and self.source == "preference" else self.retriever
+        return self.policy if self.source == "preference" else self.retriever
 
     @property
     def alpha(self) -> float:
@@ -114,8 +123,9 @@ class PRIME(SequentialRecommender):
 
     def make_stages(self, settings: Mapping[str, StageSettings], train_dataset: Any) -> list[Stage]:
         """The stages in order, on the training part of a dataset."""
+        how, rows = settings["retriever"], self.training_rows
         stages: list[Stage] = [
-            RetrieverStage("retriever", self.retriever, settings["retriever"], train_dataset)
+            RetrieverStage("retriever", self.retriever, how, rows, train_dataset)
         ]
         if self.ranker is not None:
             stages.append(RankerStage("ranker", self, settings["ranker"], train_dataset))
@@ -161,7 +171,7 @@ class PRIME(SequentialRecommender):
         if self.active == "retriever":
             return scores
         if self.active == "masked":
-            return scores.scatter(1, interaction[self.ITEM_SEQ], -torch.inf)
+            return self._masked(interaction, scores)
         candidates = self.candidates(interaction, scores)  # (B, K)
         if self.active == "demoted":
             return lift(scores, candidates, demotion(candidates, interaction[self.ITEM_SEQ]))
@@ -184,6 +194,14 @@ class PRIME(SequentialRecommender):
         """The retriever's best K items in its order, never the pad. Shape: (B, K)."""
         seen = interaction[self.ITEM_SEQ] if self.mask_candidates else None
         return top_candidates(scores, self.n_candidates, seen)
+
+    def _masked(self, interaction: Interaction, scores: Tensor) -> Tensor:
+        """Items of the history last; a target that is one of them keeps its score. (B, V)."""
+        masked = scores.scatter(1, interaction[self.ITEM_SEQ], -torch.inf)
+        if self.ITEM_ID not in interaction:
+            return masked
+        target = interaction[self.ITEM_ID][:, None]
+        return masked.scatter(1, target, scores.gather(1, target))
 
     def _rows_to_rank(self, interaction: Interaction, candidates: Tensor) -> Tensor:
         if not self.only_hits or self.ITEM_ID not in interaction:
@@ -267,6 +285,7 @@ def _preference(config: Any) -> PreferenceSettings:
         config["labeler"],
         config["set_temperature"],
         config["preference_dropout_prob"],
+        config["preference_batch_size"],
     )
 
 

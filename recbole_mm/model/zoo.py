@@ -45,11 +45,14 @@ class WholeSequences:
         if TARGETS not in interaction:
             return super().calculate_loss(interaction)  # type: ignore[misc]
         targets = interaction[TARGETS]  # (B, L)
-        lengths = torch.arange(1, targets.shape[1] + 1, device=targets.device)
-        every = self.forward(interaction[self.ITEM_SEQ], lengths.expand_as(targets))  # (B, L, D)
         valid = targets > 0
-        logits = every[valid] @ self.item_embedding.weight.T  # (N, V)
-        return F.cross_entropy(logits, targets[valid])
+        return F.cross_entropy(self.scores_at(interaction[self.ITEM_SEQ], valid), targets[valid])
+
+    def scores_at(self, item_seq: Tensor, wanted: Tensor) -> Tensor:
+        """Scores of all items after every wanted place, from one pass. (B, L), (B, L) -> (N, V)."""
+        lengths = torch.arange(1, item_seq.shape[1] + 1, device=item_seq.device)
+        every = self.forward(item_seq, lengths.expand_as(item_seq))  # (B, L, D)
+        return every[wanted] @ self.item_embedding.weight.T
 
 
 class SASRec(WholeSequences, sequential.SASRec):

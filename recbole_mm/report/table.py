@@ -10,6 +10,7 @@ _EPOCHS_CUT = {
     "steps": "all steps",
     "patience": "early stop",
     "time": "time up",
+    "given": "as given",
 }
 _BOTH = {"full", "full-masked"}
 _USUAL_SPLIT = "LS/TO"  # leave one out, ordered by time

@@ -6,7 +6,7 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -84,16 +84,17 @@ class Run:
         """Whether the stage has been trained to its end."""
         return bool(self.stage(name).get("done"))
 
-    def reopen(self, asked: list[str]) -> None:
+    def reopen(self, asked: Sequence[str], names: Sequence[str]) -> None:
         """Makes ready to train again.
 
         Args:
             asked: stages that the user names; where a finished run has them all, they are trained
-                anew.
+                anew, and what stages after them made of the old ones is dropped.
+            names: all stages of the model, in order.
         """
         if asked and self.state["status"] == "finished" and all(map(self.is_done, asked)):
-            for name in asked:
-                self.state["stages"].pop(name)
+            for name in names[min(map(names.index, asked)) :]:
+                self.state["stages"].pop(name, None)
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         self.state["status"] = "running"
         self.save()
@@ -137,7 +138,8 @@ def earlier_run(config: Any, resume: bool, earlier_stages: list[str]) -> Run | N
         if found is None:
             raise UserError(
                 f"--stages: no run of this configuration has finished {', '.join(earlier_stages)}: "
-                f"train it first{_nearly(root, config)}."
+                f"train it first, or name a run to take it from, {earlier_stages[0]}_from=RUN_DIR"
+                f"{_nearly(root, config)}."
             )
         return found
     if resume:

@@ -39,6 +39,7 @@ def _one(config: Any, stage: str) -> StageSettings:
         values[off] = values.get(off) or None
     if values.get("schedule", "constant") not in ("constant", "linear", "cosine"):
         raise UserError(f"schedule: '{values['schedule']}' is none of constant, linear, cosine.")
+    values["weights_from"] = config[f"{stage}_from"] or None
     return StageSettings(**values)
 
 

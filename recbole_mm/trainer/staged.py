@@ -167,6 +167,8 @@ class StageLoop:
     def run(self) -> None:
         """Trains to the end of the stage, from where an earlier attempt was saved."""
         self._go_on()
+        if self.settings.weights_from:
+            return self._take(Path(self.settings.weights_from))
         if self.settings.validate_first and self.position.step == 0:
             self._validate()
         plan = self.stage.plan(self.position.epoch)
@@ -175,6 +177,31 @@ class StageLoop:
         while not self.position.stopped or self.position.entry >= len(plan):
             self._epoch(plan)
             plan = self.stage.plan(self.position.epoch)
+        self._save_last()
+        return None
+
+    def _take(self, run: Path) -> None:
+        """Weights of another run: nothing is left but to see what they are worth here."""
+        folder = next(
+            (
+                run / name / "best"
+                for name in (self.stage.name, "train")
+                if has_checkpoint(run / name / "best")
+            ),
+            run / self.stage.name / "best",
+        )
+        checkpoint = read_checkpoint(folder, self.trainer.device)
+        if self.stage.of_items:
+            check_items(checkpoint, self.trainer.items, folder)
+        try:
+            self.stage.load_state(checkpoint.tensors)
+        except (RuntimeError, KeyError) as error:
+            raise UserError(
+                f"{self.stage.name}_from: the weights in {folder} are of another model or of other "
+                "sizes: name a run of the same ones."
+            ) from error
+        self.position.stopped = "given"
+        self._validate()
         self._save_last()
 
     def _epoch(self, plan: Sequence[Any]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from recbole_mm.backbone.batch import collate_forks
+from recbole_mm.backbone.batch import branch_mask, collate_forks
 from recbole_mm.backbone.load import Backbone
 from recbole_mm.backbone.prompt import fork, text_piece
 from tests.backbone.shop import CANDIDATES, HISTORIES, backbone_of, images_of, ranker_of, writer_of
@@ -56,15 +56,16 @@ def test_a_branch_sees_the_trunk_and_itself() -> None:
     long = fork(text_piece([1], 3), [text_piece([3, 4], 3), text_piece([5, 6, 7], 3)])
     batch = collate_forks([short, long], pad_id=0)
     assert batch.last.tolist() == [[2, 4], [2, 5]]
-    assert batch.seen is not None
-    assert batch.seen[0, :5, :5].int().tolist() == [
+    assert batch.branch is not None
+    seen = branch_mask(batch.branch, torch.float32)[:, 0] == 0  # (B, T, T)
+    assert seen[0, :5, :5].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [1, 1, 1, 0, 0],
         [1, 1, 0, 1, 0],
         [1, 1, 0, 1, 1],
     ]
-    assert batch.seen[1].int().tolist() == [
+    assert seen[1].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0],
@@ -72,6 +73,16 @@ def test_a_branch_sees_the_trunk_and_itself() -> None:
         [1, 0, 0, 1, 1, 0],
         [1, 0, 0, 1, 1, 1],
     ]
+
+
+@torch.no_grad()
+def test_half_precision_forks_are_as_close_as_half_precision_is(backbone: Backbone) -> None:
+    exact = ranker_of(backbone).set_log_probs(HISTORIES, SETS)
+    half = ranker_of(backbone_of())
+    half.backbone.model.to(torch.bfloat16)
+    forked = half.set_log_probs(HISTORIES, SETS)
+    apart = torch.stack([half.log_probs(HISTORIES, SETS[:, column]) for column in range(3)], 1)
+    assert (forked - apart).abs().max() <= 2 * (apart - exact).abs().max() + 1e-3
 
 
 @torch.no_grad()

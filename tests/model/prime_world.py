@@ -33,6 +33,7 @@ SMALL = {
     "ranker_warmup_steps": 0,
     "ranker_batch_size": 8,
     "ranker_valid_users": 0,
+    "preference_batch_size": 8,
     "preference_max_steps": 2,
     "preference_eval_every": 1,
     "preference_warmup_steps": 0,
@@ -59,6 +60,10 @@ class World:
     def rows(self, phase: str = "test") -> Interaction:
         """All rows of a phase: history and target."""
         return getattr(self.data, phase)._dataset.inter_feat
+
+    def items(self) -> list[str]:
+        """The raw tokens in id order."""
+        return list(self.data.dataset.item_tokens())
 
     def raw(self) -> list[list[int]]:
         """Every user's items from the file, oldest first."""

@@ -62,9 +62,21 @@ def test_items_of_no_probability_are_not_drawn_and_a_seed_gives_the_same_sets() 
 
 def test_noise_is_drawn_in_parts_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preference, "_NOISE_AT_ONCE", 2 * 7 * 3)
-    scores = torch.zeros(10, 7)
-    sets = draw_sets(scores, 6, 2, generator())
-    assert torch.equal(sets.sort(dim=2).values, torch.arange(1, 7).expand(10, 2, 6))
+    draw, rows = preference._draw, []
+    monkeypatch.setattr(preference, "_draw", lambda s, *more: rows.append(len(s)) or draw(s, *more))
+    sets = draw_sets(torch.zeros(10, 7), 3, 2, generator())
+    assert rows == [3, 3, 3, 1]
+    assert sets.shape == (10, 2, 3)
+    assert len({tuple(items) for items in sets.flatten(0, 1).tolist()}) > 15
+
+
+def test_where_too_few_items_are_free_others_fill_up_but_never_the_pad() -> None:
+    scores = torch.randn(50, 6, generator=generator(3))
+    scores[:, 3:] = torch.finfo(torch.float32).min
+    sets = draw_sets(scores, 4, 2, generator(4))
+    assert (sets[:, :, :2].sort(dim=2).values == torch.tensor([1, 2])).all()
+    assert (sets[:, :, 2:] >= 3).all()
+    assert (sets[:, :, 2] != sets[:, :, 3]).all()
 
 
 # --- probabilities ---

@@ -25,7 +25,7 @@ SHOP = [
         "--topk=[5,10,25]",
     ),
     *("--ranker_batch_size=4", "--ranker_max_steps=6", "--ranker_eval_every=3"),
-    *("--train_batch_size=16", "--preference_max_steps=6", "--preference_eval_every=3"),
+    *("--preference_batch_size=16", "--preference_max_steps=6", "--preference_eval_every=3"),
 ]
 
 

@@ -32,6 +32,9 @@ def settings(root: Path, size: int = 1) -> Settings:
     )
 
 
+STAGES = ("retriever", "ranker", "preference")
+
+
 def started(root: Path, done: tuple[str, ...] = (), finished: bool = False) -> Run:
     run = Run.start(root, settings(root))
     for name in done:
@@ -46,27 +49,28 @@ def test_stages_of_a_killed_run_are_kept(tmp_path: Path) -> None:
     """A kill after the last stage, in the final evaluation, loses nothing."""
     for asked in ([], ["ranker"], ["retriever", "ranker"]):
         run = started(tmp_path, ("retriever", "ranker"))
-        run.reopen(asked)
+        run.reopen(asked, STAGES)
         assert run.is_done("retriever")
         assert run.is_done("ranker")
         assert (run.folder / "ranker").is_dir()
 
 
-def test_only_named_stages_of_a_finished_run_are_trained_anew(tmp_path: Path) -> None:
-    run = started(tmp_path, ("retriever", "ranker"), finished=True)
-    run.reopen([])
-    assert run.is_done("ranker")
+def test_named_stages_of_a_finished_run_are_trained_anew_and_later_ones_dropped(
+    tmp_path: Path,
+) -> None:
+    run = started(tmp_path, STAGES, finished=True)
+    run.reopen([], STAGES)
+    assert all(map(run.is_done, STAGES))
     run.finish()
-    run.reopen(["ranker"])
-    assert run.is_done("retriever")
-    assert not run.is_done("ranker")
-    assert not (run.folder / "ranker").exists()
+    run.reopen(["ranker"], STAGES)
+    assert [name for name in STAGES if run.is_done(name)] == ["retriever"]
+    assert [name for name in STAGES if (run.folder / name).exists()] == ["retriever"]
     assert Run.open(run.folder).state["status"] == "running"
 
 
 def test_a_finished_run_that_goes_on_is_unfinished_again(tmp_path: Path) -> None:
     run = started(tmp_path, ("retriever",), finished=True)
-    run.reopen(["ranker"])
+    run.reopen(["ranker"], STAGES)
     assert run.is_done("retriever")
     found = earlier_run(settings(tmp_path), True, [])
     assert found is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,21 @@ class Regression(Stage):
 class Toy:
     stage_names = ("first", "second")
 
-    def __init__(self) -> None:
+    def __init__(self, validate_first: bool = False) -> None:
         torch.manual_seed(0)
         self.net = nn.Linear(3, 1)
+        self.validate_first = validate_first
         self.entered: list[str] = []
 
     def enter(self, name: str) -> None:
         self.entered.append(name)
 
     def make_stages(self, settings: dict[str, StageSettings], _: Any) -> list[Stage]:
-        return [Regression(name, self.net, settings[name]) for name in self.stage_names]
+        first = {"validate_first": self.validate_first}
+        return [
+            Regression(name, self.net, replace(settings[name], **first))
+            for name in self.stage_names
+        ]
 
 
 class ToyTrainer(StagedTrainer):
@@ -101,8 +107,8 @@ def fit(
         data_path=str(folder / "toy"),
         checkpoint_dir=str(folder),
     )
+    model = model or Toy(keys.pop("validate_first", False))
     config.update(keys)
-    model = model or Toy()
     earlier = next(iter(runs_of(folder, config)), None) if go_on else None
     run = earlier or Run.start(folder, config)
     trainer = ToyTrainer(config, model, run)
@@ -227,6 +233,41 @@ class KilledError(Exception):
     """Stands for the end of the process."""
 
 
+def test_weights_that_a_stage_begins_with_may_stay_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    untrained = Toy().net.state_dict()
+    trainer, model = fit(tmp_path, learning_rate=1e-12, validate_first=True)
+    for name in Toy.stage_names:
+        record = trainer.run.stage(name)
+        assert (record["best_step"], record["steps"]) == (0, 15)
+    assert all(torch.equal(v, untrained[k]) for k, v in model.net.state_dict().items())
+    careless, _ = fit(tmp_path / "careless", learning_rate=1e-12)
+    assert careless.run.stage("first")["best_step"] > 0
+
+
+@pytest.mark.parametrize(("size", "count"), [(0, None), (3, 3), (9, 9), (10, None), (99, None)])
+def test_stages_validate_on_a_seeded_sample(size: int, count: int | None) -> None:
+    rows = range(10)
+
+    def sample(seed: int) -> Any:
+        settings = stage_settings(Settings(epochs=1, valid_metric="MRR@5", learning_rate=1.0,
+                                           first_valid_users=size), ["first"])  # fmt: skip
+        stage = Stage("first", nn.Linear(1, 1), settings["first"])
+        return stage.valid_rows(StageContext(rows, Path(), seed, torch.device("cpu")))
+
+    if count is None:
+        assert sample(1) is None
+        return
+    chosen = sample(1).tolist()
+    assert len(set(chosen)) == count
+    assert sorted(chosen) == chosen
+    assert set(chosen) <= set(rows)
+    assert sample(1).tolist() == chosen
+    assert any(sample(seed).tolist() != chosen for seed in range(2, 9))
+
+
 @pytest.mark.parametrize(
     "keys",
     [
@@ -234,6 +275,8 @@ class KilledError(Exception):
         {"epochs": 3, "first_max_steps": 4, "first_eval_every": 2, "second_max_steps": 1},
         {"epochs": 2, "first_max_steps": 5, "first_eval_every": 5, "second_max_steps": 5},
         {"epochs": 4, "stopping_step": 1, "learning_rate": 1e-9},
+        {"epochs": 2, "validate_first": True},
+        {"epochs": 2, "validate_first": True, "learning_rate": 1e-12},
     ],
 )
 def test_killed_after_any_save_it_ends_as_if_it_had_not_been(

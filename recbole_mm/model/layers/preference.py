@@ -26,9 +26,8 @@ def draw_sets(scores: Tensor, k: int, n_sets: int, generator: torch.Generator) -
     Welling, ICML 2019); sets of a row are independent.
 
     Args:
-        scores: of all items, minus infinity for those that cannot be drawn; the pad never is.
-            Shape: (N, V).
-        k: K, at most the items that can be drawn.
+        scores: of all items; the pad's is never drawn. Shape: (N, V).
+        k: K, at most V - 1.
         n_sets: S.
         generator: on the CPU, so that a seed means the same everywhere.
 

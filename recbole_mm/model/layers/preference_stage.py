@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from recbole.data.interaction import Interaction
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,6 +22,7 @@ from recbole_mm.model.layers.preference import (
     preferred_first,
 )
 from recbole_mm.model.layers.ranker_stage import RankedStage
+from recbole_mm.model.layers.retriever_stage import groups_of
 from recbole_mm.stage import StageContext, StageSettings
 
 Ints = NDArray[np.int64]
@@ -43,6 +45,7 @@ class PreferenceSettings:
             ``random`` is a coin, ``truth`` leaves such pairs out; ``none``: no pairs at all.
         temperature: of the softmax that sets are drawn from.
         dropout: of the retriever in this stage.
+        batch_size: users a step.
     """
 
     beta: float = 0.01
@@ -51,6 +54,7 @@ class PreferenceSettings:
     labeler: str = "ranker"
     temperature: float = 1.0
     dropout: float = 0.1
+    batch_size: int = 64
 
     def __post_init__(self) -> None:
         for key, value, allowed in (
@@ -156,14 +160,12 @@ class PreferenceStage(RankedStage):
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The retriever's groups with this stage's weight decay."""
-        return list(
-            self.policy.param_groups(self.settings.weight_decay, self.policy.decay_log_params)
-        )
+        return groups_of(self.policy, self.settings.weight_decay)
 
     def plan(self, epoch: int) -> list[PreferenceBatch]:
         """Shuffled batches of users' rows."""
         seed = self.model.seed
-        batches = epoch_plan(self.rows.lengths(), self.policy.batch_size, seed, epoch, bucket=False)
+        batches = epoch_plan(self.rows.lengths(), self.how.batch_size, seed, epoch, bucket=False)
         draws = np.random.default_rng([seed, epoch, 1]).integers(2**31, size=len(batches))
         return [PreferenceBatch(*pair) for pair in zip(batches, draws.tolist(), strict=True)]
 
@@ -183,9 +185,18 @@ class PreferenceStage(RankedStage):
         return loss + self.how.beta * odds_ratio_loss(winner, loser, self.how.set_prob)
 
     def _scores(self, item_seq: Tensor, targets: Tensor) -> Tensor:
-        """The policy's scores after every position with a target, from one pass. Shape: (N, V)."""
-        scores: Tensor = self.policy.encoder.scores(self.policy.states(item_seq)[targets > 0])
-        return scores
+        """The policy's scores of all items after every position with a target. Shape: (N, V).
+
+        A causal model gives them in one pass; any other reads each prefix as a row of its own.
+        """
+        policy = self.policy
+        if hasattr(policy, "scores_at"):
+            scores: Tensor = policy.scores_at(item_seq, targets > 0)
+            return scores
+        positions = positions_of(item_seq, targets)
+        rows = {policy.ITEM_SEQ: positions.seen, policy.ITEM_SEQ_LEN: positions.lengths}
+        scores = policy.full_sort_predict(Interaction(rows).to(policy.device))
+        return scores.view(len(positions.lengths), -1)
 
     @torch.no_grad()
     def _pairs(self, item_seq: Tensor, targets: Tensor, generator: torch.Generator) -> Pairs | None:
@@ -210,7 +221,7 @@ class PreferenceStage(RankedStage):
         """Two sets a position; where neither holds the target, what `neither` says."""
         free = scores / self.how.temperature
         if self.model.mask_candidates:
-            free.scatter_(1, positions.seen, -torch.inf)
+            free.scatter_(1, positions.seen, torch.finfo(free.dtype).min)
         K = self.model.n_candidates
         sets = draw_sets(free, K, 2, generator)  # (N, 2, K)
         bare = _without(sets, positions.targets)

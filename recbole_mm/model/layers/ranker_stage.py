@@ -48,7 +48,7 @@ class RankedStage(Stage):
 
     @torch.no_grad()
     def hits(self, context: StageContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Validation rows with a retrieved target, their candidates (n, K) and those's scores."""
+        """Validation rows with a retrieved target, their candidates (n, K) and their scores."""
         model = self.model
         model.scoring.eval()
         found = []
@@ -109,6 +109,8 @@ class RankerStage(RankedStage):
         settings: how.
         train_dataset: the training part, with its `train_sequences`.
     """
+
+    of_items = False
 
     def __init__(self, name: str, model: Any, settings: StageSettings, train_dataset: Any) -> None:
         super().__init__(name, model.the_ranker(), settings)

@@ -162,12 +162,13 @@ def top_candidates(scores: Tensor, k: int, seen: Tensor | None = None) -> Tensor
     Args:
         scores: of all items. Shape: (B, V).
         k: at most V - 1.
-        seen: items that are no candidates; 0 for none. Shape: (B, L).
+        seen: items that are candidates only where all others are not enough; 0 for none.
+            Shape: (B, L).
     """
     free = scores.clone()
-    free[:, 0] = -torch.inf
     if seen is not None:
-        free.scatter_(1, seen, -torch.inf)
+        free.scatter_(1, seen, torch.finfo(free.dtype).min)
+    free[:, 0] = -torch.inf
     return free.topk(k, dim=1).indices
 
 
