@@ -61,9 +61,15 @@ RUN_KEYS = frozenset(
         "dataset_command",
     ]
 )
+# What RecBole's transforms write into the configuration once data are loaded.
+_FIELDS_OF_TRANSFORMS = (
+    *("MASK_INDEX", "MASK_ITEM_SEQ", "POS_ITEMS", "NEG_ITEMS", "INVERSE_ITEM_SEQ"),
+    *("CROP_ITEM_SEQ", "CROP_ITEM_SEQ_LEN", "REORDER_ITEM_SEQ"),
+)
 # What may differ between two calls of one and the same experiment.
 VOLATILE_KEYS = frozenset(
     [
+        *_FIELDS_OF_TRANSFORMS,
         "data_path",
         "checkpoint_dir",
         "device",

@@ -182,6 +182,15 @@ def test_bert4rec_masks_items_at_its_rate_and_never_padding(in_folder: Path) -> 
     assert torch.equal(model.masked_places(sequence), torch.arange(20) == last)
 
 
+def test_a_bert4rec_run_is_found_and_loaded_by_its_configuration(in_folder: Path) -> None:
+    """RecBole's masking writes names of fields into the configuration after it is read."""
+    random_interactions(in_folder / "toy", [6, 9, 12] * 3)
+    more = {"data_path": str(in_folder), "user_inter_num_interval": "[1,inf)", "n_layers": 1}
+    result = run_and_load(in_folder, "BERT4Rec", "toy", **more)
+    config = MMConfig("BERT4Rec", "toy", (), keys(in_folder, **more))
+    assert result["config_hash"] == config.hash()
+
+
 @pytest.mark.parametrize(("name", "ours", "theirs"), [*CAUSAL, MASKED])
 def test_prefix_mode_and_scores_are_recboles(
     in_folder: Path, name: str, ours: type, theirs: type
