@@ -12,7 +12,7 @@ import json
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recbole_mm.backbone.batch import PromptBatch, branch_mask
+from recbole_mm.backbone.batch import PromptBatch, collate
 from recbole_mm.backbone.families import FAMILIES, Family
-from recbole_mm.backbone.prompt import TextEncoder
+from recbole_mm.backbone.prompt import Fork, TextEncoder
 from recbole_mm.backbone.tiny import TinySizes, build_qwen2_vl, fingerprint, train_tokenizer
 from recbole_mm.backbone.vision import FeatureLog, ItemImages
 from recbole_mm.errors import UserError, nearest
@@ -159,34 +159,54 @@ class Backbone(nn.Module):
         return FeatureLog(cache / f"vision-{key}", width, dtype)
 
     def hidden(self, batch: PromptBatch, images: ItemImages, positions: int = 1) -> Tensor:
-        """Final hidden states at the ends of prompts, in one forward pass.
+        """Final hidden states of the last `positions` tokens of each prompt, in one forward pass.
 
         Args:
-            batch: padded prompts, or forks of S branches; S is 1 for prompts.
+            batch: padded prompts.
             images: where the rows of the batch's image items come from.
-            positions: P, tokens to read from each end.
+            positions: S, tokens to read from the end of each prompt.
 
         Returns:
-            Shape: (B, S * P, D).
+            Shape: (B, S, D).
         """
         batch = batch.to(self.device)
-        language_model = self.family.language_model(self.model)
-        embeds, branch = self._embed(batch, images), batch.branch  # (B, T, D), (B, T) or None
-        states = language_model(
-            inputs_embeds=embeds,
-            attention_mask=None if branch is None else branch_mask(branch, embeds.dtype),
-            position_ids=batch.positions,
-            use_cache=False,
-        ).last_hidden_state  # (B, T, D)
+        states = self._run(batch, images).last_hidden_state  # (B, T, D)
         back = torch.arange(positions - 1, -1, -1, device=states.device)
-        at = (batch.last[:, :, None] - back).flatten(1)  # (B, S * P)
-        return states.gather(1, at[:, :, None].expand(-1, -1, states.shape[2]))
+        at = batch.last[:, None] - back  # (B, S)
+        return states.gather(1, at[:, :, None].expand(-1, -1, states.shape[2]))  # (B, S, D)
 
-    @property
-    def can_fork(self) -> bool:
-        """Whether its attention takes a mask, which flash attention does not."""
-        model: Any = self.model
-        return str(model.config._attn_implementation) != "flash_attention_2"
+    def branch_hidden(self, forks: Sequence[Fork], images: ItemImages) -> Tensor:
+        """Final hidden states at the end of every branch; each trunk is computed once.
+
+        Args:
+            forks: all of S branches.
+            images: where the rows of their image items come from.
+
+        Returns:
+            Shape: (B, S, D).
+        """
+        S = len(forks[0].branches)
+        trunk = collate([fork.trunk for fork in forks], self.pad_id, left=True).to(self.device)
+        branch = collate([b for fork in forks for b in fork.branches], self.pad_id).to(self.device)
+        lengths = torch.tensor([len(fork.trunk) for fork in forks], device=self.device)
+        T = trunk.ids.shape[1]
+        real = torch.arange(T, device=self.device) >= T - lengths[:, None]  # (B, T)
+        cache = self._run(trunk, images, attention_mask=real.long(), use_cache=True).past_key_values
+        cache.batch_repeat_interleave(S)
+        seen = torch.cat([real.repeat_interleave(S, 0), torch.ones_like(branch.ids).bool()], 1)
+        states = self._run(
+            branch, images, attention_mask=seen.long(), past_key_values=cache, use_cache=True
+        ).last_hidden_state  # (B * S, T', D)
+        rows = torch.arange(len(states), device=states.device)
+        return states[rows, branch.last].unflatten(0, (len(forks), S))
+
+    def _run(self, batch: PromptBatch, images: ItemImages, **more: Any) -> Any:
+        """One pass of the language model over a batch that is on its device."""
+        language_model = self.family.language_model(self.model)
+        keys = {"use_cache": False, **more}
+        return language_model(
+            inputs_embeds=self._embed(batch, images), position_ids=batch.positions, **keys
+        )
 
     def _embed(self, batch: PromptBatch, images: ItemImages) -> Tensor:
         """Token embeddings with image rows in their slots. Shape: (B, T, D)."""

@@ -85,26 +85,24 @@ def join(pieces: Sequence[Prompt]) -> Prompt:
 
 @dataclass(frozen=True)
 class Fork:
-    """Prompts that begin alike, as one: a trunk and its branches, of which none sees another.
+    """Prompts that begin alike: a trunk, and branches that each go on from it.
 
     Attributes:
-        prompt: all tokens; the positions of every branch go on from the trunk's.
-        starts: the first token of each branch, ascending.
+        trunk: what all begin with.
+        branches: how each goes on; their positions follow the trunk's.
     """
 
-    prompt: Prompt
-    starts: tuple[int, ...]
+    trunk: Prompt
+    branches: tuple[Prompt, ...]
 
     def __len__(self) -> int:
-        return len(self.prompt)
+        return len(self.trunk) + sum(map(len, self.branches))
 
 
 def fork(trunk: Prompt, branches: Sequence[Prompt]) -> Fork:
-    """Puts every branch behind the trunk."""
-    aside = [Prompt(b.ids, b.positions, 0, b.slots) for b in branches]  # moves nothing on
-    lengths = [len(trunk), *map(len, branches)]
-    starts = np.cumsum(lengths)[:-1]
-    return Fork(join([trunk, *aside]), tuple(int(start) for start in starts))
+    """Moves the positions of every branch behind the trunk's."""
+    moved = (Prompt(b.ids, b.positions + trunk.span, b.span, b.slots) for b in branches)
+    return Fork(trunk, tuple(moved))
 
 
 def clean_text(text: str) -> str:

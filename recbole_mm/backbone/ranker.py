@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recbole_mm.backbone.batch import by_length, collate, collate_forks
+from recbole_mm.backbone.batch import by_length, collate
 from recbole_mm.backbone.load import Backbone, BackboneSpec, load_backbone
 from recbole_mm.backbone.prompt import Prompt, PromptStyle, PromptWriter, join, text_piece
 from recbole_mm.backbone.verbalizer import Verbalizer
@@ -22,6 +22,7 @@ from recbole_mm.data.images import ImageStore
 from recbole_mm.errors import UserError
 
 Ints = NDArray[np.int64]
+_WORTH_SHARING = 0.25  # of a set's tokens: a shorter history is quicker read again for each set
 SUPERVISE = ("letter", "letter_eos")
 
 
@@ -106,7 +107,10 @@ class LetterRanker(nn.Module):
 
     @torch.no_grad()
     def set_log_probs(self, histories: Sequence[Ints], sets: Ints) -> Tensor:
-        """`log_probs` of several candidate sets a history, which is read once; on the CPU.
+        """`log_probs` of several candidate sets a history; on the CPU.
+
+        Histories that are not all too short are read once; what follows them must then look back
+        through a mask, which costs more than a second reading of a short one.
 
         Args:
             histories: item ids, oldest first. B arrays.
@@ -116,17 +120,18 @@ class LetterRanker(nn.Module):
             Shape: (B, S, K).
         """
         B, S, K = sets.shape
-        if not self.backbone.can_fork:
-            each = [history for history in histories for _ in range(S)]
-            return self.log_probs(each, sets.reshape(B * S, K)).view(B, S, K)
         forks = [
             self.writer.write_fork(history.tolist(), row.tolist())
             for history, row in zip(histories, sets, strict=True)
         ]
+        if sum(len(f.trunk) for f in forks) < _WORTH_SHARING * sum(
+            len(f.branches[0]) for f in forks
+        ):
+            each = [history for history in histories for _ in range(S)]
+            return self.log_probs(each, sets.reshape(B * S, K)).view(B, S, K)
         out = torch.empty(B, S, K)
         for rows in by_length([len(fork) for fork in forks], self.max_tokens):
-            batch = collate_forks([forks[row] for row in rows], self.backbone.pad_id)
-            hidden = self.backbone.hidden(batch, self.images)  # (b, S, D)
+            hidden = self.backbone.branch_hidden([forks[row] for row in rows], self.images)
             logits = self.verbalizer.logits(hidden, self.backbone.head, K)  # (b, S, K)
             out[rows] = logits.log_softmax(dim=2).cpu()
         return out

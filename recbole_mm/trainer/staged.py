@@ -209,9 +209,13 @@ class StageLoop:
         before = position.seconds
         if position.entry >= len(plan):  # saved between the last step and the end of the epoch
             return self._end_epoch(len(plan), before)
+        done = position.entry // self.settings.accumulate
+        total = math.ceil(len(plan) / self.settings.accumulate)
+        if self.settings.max_steps:  # the stage may end before the epoch does
+            total = min(total, done + self.settings.max_steps - position.step)
         bar = tqdm(
-            total=math.ceil(len(plan) / self.settings.accumulate),
-            initial=position.entry // self.settings.accumulate,
+            total=total,
+            initial=done,
             ncols=100,
             desc=set_color(f"{self.stage.name} {position.epoch:>5}", "pink"),
             disable=not self.trainer.show_progress,

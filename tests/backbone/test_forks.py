@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from recbole_mm.backbone.batch import branch_mask, collate_forks
+from recbole_mm.backbone import ranker as ranker_module
+from recbole_mm.backbone.batch import collate
 from recbole_mm.backbone.load import Backbone
-from recbole_mm.backbone.prompt import fork, text_piece
-from tests.backbone.shop import CANDIDATES, HISTORIES, backbone_of, images_of, ranker_of, writer_of
+from recbole_mm.backbone.prompt import text_piece
+from tests.backbone.shop import CANDIDATES, HISTORIES, backbone_of, ranker_of, writer_of
 
 SETS = np.stack([CANDIDATES, CANDIDATES[::-1, ::-1], CANDIDATES[[2, 3, 0, 1]]], axis=1)  # (4, 3, 4)
 
@@ -27,52 +28,40 @@ def test_sets_of_one_history_score_as_prompts_of_their_own(attention: str, max_t
     assert not torch.allclose(found[:, 0], found[:, 2], atol=1e-3)
 
 
-def test_without_masks_each_set_has_its_prompt(
+def test_short_histories_are_read_again_for_each_set(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forked = ranker_of(backbone).set_log_probs(HISTORIES, SETS)
-    monkeypatch.setattr(type(backbone), "can_fork", False)
-    monkeypatch.setattr(type(writer_of(backbone)), "write_fork", None)
-    apart = ranker_of(backbone).set_log_probs(HISTORIES, SETS)
-    torch.testing.assert_close(apart, forked, atol=1e-5, rtol=0)
+    ranker = ranker_of(backbone)
+    shared = ranker.set_log_probs(HISTORIES, SETS)
+    monkeypatch.setattr(ranker_module, "_WORTH_SHARING", 1e9)
+    monkeypatch.setattr(type(backbone), "branch_hidden", None)
+    torch.testing.assert_close(ranker.set_log_probs(HISTORIES, SETS), shared, atol=1e-5, rtol=0)
 
 
-def test_the_history_stands_there_once(backbone: Backbone) -> None:
+def test_a_fork_is_its_prompts_with_the_history_once(backbone: Backbone) -> None:
     writer = writer_of(backbone)
     sets = SETS[0].tolist()
     forked = writer.write_fork(HISTORIES[0], sets)
     apart = [writer.write(HISTORIES[0], candidates) for candidates in sets]
-    trunk = forked.starts[0]
-    assert len(forked) == sum(map(len, apart)) - 2 * trunk
-    ends = (*forked.starts[1:], len(forked))
-    for prompt, start, end in zip(apart, forked.starts, ends, strict=True):
-        mine = [*range(trunk), *range(start, end)]
-        assert forked.prompt.ids[mine].tolist() == prompt.ids.tolist()
-        assert np.array_equal(forked.prompt.positions[:, mine], prompt.positions)
+    assert len(forked) == sum(map(len, apart)) - 2 * len(forked.trunk)
+    for prompt, branch in zip(apart, forked.branches, strict=True):
+        ids = [*forked.trunk.ids, *branch.ids]
+        assert ids == prompt.ids.tolist()
+        positions = np.concatenate([forked.trunk.positions, branch.positions], axis=1)
+        assert np.array_equal(positions, prompt.positions)
 
 
-def test_a_branch_sees_the_trunk_and_itself() -> None:
-    short = fork(text_piece([1, 2], 3), [text_piece([3], 3), text_piece([4, 5], 3)])
-    long = fork(text_piece([1], 3), [text_piece([3, 4], 3), text_piece([5, 6, 7], 3)])
-    batch = collate_forks([short, long], pad_id=0)
-    assert batch.last.tolist() == [[2, 4], [2, 5]]
-    assert batch.branch is not None
-    seen = branch_mask(batch.branch, torch.float32)[:, 0] == 0  # (B, T, T)
-    assert seen[0, :5, :5].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 0, 1, 0],
-        [1, 1, 0, 1, 1],
-    ]
-    assert seen[1].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 0, 0, 1, 0, 0],
-        [1, 0, 0, 1, 1, 0],
-        [1, 0, 0, 1, 1, 1],
-    ]
+def test_padding_on_the_left_moves_pictures_too(backbone: Backbone) -> None:
+    prompts = [text_piece([7, 8], 3), writer_of(backbone).write([1, 3], [4])]
+    batch = collate(prompts, backbone.pad_id, left=True)
+    T = batch.ids.shape[1]
+    assert batch.ids[0].tolist() == [backbone.pad_id] * (T - 2) + [7, 8]
+    assert batch.last.tolist() == [T - 1, T - 1]
+    wide = collate([*prompts, text_piece([1] * (T + 5), 3)], backbone.pad_id, left=True)
+    assert torch.equal(wide.ids[1, 5:], batch.ids[1])
+    pad = backbone.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    for some in (batch, wide):
+        assert torch.equal(some.image_at, (some.ids.flatten() == pad).nonzero()[:, 0])
 
 
 @torch.no_grad()
@@ -83,13 +72,3 @@ def test_half_precision_forks_are_as_close_as_half_precision_is(backbone: Backbo
     forked = half.set_log_probs(HISTORIES, SETS)
     apart = torch.stack([half.log_probs(HISTORIES, SETS[:, column]) for column in range(3)], 1)
     assert (forked - apart).abs().max() <= 2 * (apart - exact).abs().max() + 1e-3
-
-
-@torch.no_grad()
-def test_every_token_of_a_fork_attends_to_something(backbone: Backbone) -> None:
-    """Padding behind a short fork must not make numbers that are none."""
-    writer = writer_of(backbone)
-    forks = [writer.write_fork([1], [[2, 3], [4, 5]]), writer.write_fork([], [[6, 7], [8, 1]])]
-    hidden = backbone.hidden(collate_forks(forks, backbone.pad_id), images_of(backbone))
-    assert hidden.shape == (2, 2, 128)
-    assert hidden.isfinite().all()
