@@ -78,3 +78,15 @@ def add_in_a_fixed_order(wanted: bool) -> None:
     import torch
 
     torch.use_deterministic_algorithms(wanted, warn_only=True)
+    # On by default, for debugging: writes NaN into every new tensor before it is computed.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def do_not_trace_autograd() -> None:
+    """RecBole's SINE turns anomaly detection on for the whole process when it is imported.
+
+    Every operation then formats its stack, which more than doubles the time of a training step.
+    """
+    import torch
+
+    torch.autograd.set_detect_anomaly(False)

@@ -208,6 +208,7 @@ def _start_logging(config: MMConfig) -> None:
     compat.reset_logging()
     init_seed(config["seed"], config["reproducibility"])
     on_cpu = config["device"].type == "cpu"
+    compat.do_not_trace_autograd()
     compat.add_in_a_fixed_order(bool(config["reproducibility"]) and on_cpu)
     init_logger(config)
     getLogger().info(sys.argv)

@@ -182,6 +182,15 @@ def test_bert4rec_masks_items_at_its_rate_and_never_padding(in_folder: Path) -> 
     assert torch.equal(model.masked_places(sequence), torch.arange(20) == last)
 
 
+def test_no_run_traces_autograd_because_sine_was_imported(in_folder: Path) -> None:
+    random_interactions(in_folder / "toy", [6, 9, 12] * 3)
+    registry.get_model("SINE")
+    torch.autograd.set_detect_anomaly(True)  # as its module does when it is first imported
+    more = {"data_path": str(in_folder), "user_inter_num_interval": "[1,inf)"}
+    quick_start.run("Pop", "toy", overrides=keys(in_folder, **more))
+    assert not torch.is_anomaly_enabled()
+
+
 def test_a_bert4rec_run_is_found_and_loaded_by_its_configuration(in_folder: Path) -> None:
     """RecBole's masking writes names of fields into the configuration after it is read."""
     random_interactions(in_folder / "toy", [6, 9, 12] * 3)
