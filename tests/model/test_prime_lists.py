@@ -98,7 +98,7 @@ def metrics_by_hand(lists: list[list[int]], targets: list[int]) -> dict[str, flo
 READOUTS: list[tuple[str, Callable[[PRIME], float]]] = [
     ("retriever", lambda model: float("inf")),
     ("ranker", lambda model: 0.0),
-    ("ranker+fusion", lambda model: model.alpha),
+    ("ranker+fusion", lambda model: model.alphas["retriever"]),
 ]
 
 
@@ -153,17 +153,17 @@ def test_a_target_that_was_not_retrieved_keeps_its_rank(trained: Trained) -> Non
 
 def test_alpha_zero_is_the_ranker_and_infinity_the_retriever(trained: Trained) -> None:
     world, model = trained.world, trained.world.model
-    rows, kept = world.rows(), model.alpha
+    rows, kept = world.rows(), model.alphas["retriever"]
     lists = {}
     try:
         for name, alpha in (("fusion", 0.0), ("ranker", 0.0), ("fusion", float("inf"))):
-            model.alpha, model.only_hits = alpha, False
             model.enter(name)
+            model.alpha, model.only_hits = alpha, False
             with torch.no_grad():
                 order = model.full_sort_predict(rows)[:, 1:].argsort(dim=1, descending=True) + 1
             lists[name, alpha] = order.tolist()
     finally:
-        model.alpha = kept
+        model.alphas["retriever"] = kept
     assert lists["fusion", 0.0] == lists["ranker", 0.0]
     assert lists["fusion", float("inf")] == retriever_lists(world, rows)
     assert lists["ranker", 0.0] != lists["fusion", float("inf")]
@@ -286,7 +286,7 @@ def test_the_chosen_alpha_is_the_best_on_validation_and_is_stored(trained: Train
     rows = world.rows("valid")
     targets = rows["item_id"].tolist()
     finished = trained.run.stage("ranker")["finished"]
-    assert float(finished["fusion_alpha"]) == model.alpha
+    assert float(finished["fusion_alpha"]) == model.alphas["retriever"]
     naive = naive_of(world, rows)
     hits = [row for row in range(USERS) if targets[row] in naive.lists[row][:K]]
     assert finished["validation_hits"] == len(hits)
@@ -297,7 +297,7 @@ def test_the_chosen_alpha_is_the_best_on_validation_and_is_stored(trained: Train
         values[alpha] = found["ndcg@10"]
         assert finished["hits_ndcg@10"][str(alpha)] == pytest.approx(values[alpha], abs=1e-5)
     best = max(values.values())
-    assert model.alpha == max(a for a, value in values.items() if value > best - 1e-9)
+    assert model.alphas["retriever"] == max(a for a, value in values.items() if value > best - 1e-9)
 
 
 def test_a_finished_stage_restores_its_alpha(world: World) -> None:
