@@ -28,7 +28,7 @@ def world(mini: Path) -> World:
 
 
 @pytest.fixture(scope="session")
-def trained(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def shared_trained(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """All stages trained a little, through the trainer."""
     world = world_of(mini)
     saved = tmp_path_factory.mktemp("saved")
@@ -38,6 +38,13 @@ def trained(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
         patch.chdir(saved)  # RecBole writes its event files below the working directory
         trainer.fit(world.data.train, world.data.valid, world.data.test)
     return Trained(world, trainer, run)
+
+
+@pytest.fixture
+def trained(shared_trained: Trained) -> Trained:
+    """The same for each test, ranking what the retriever finds, whatever was read before."""
+    shared_trained.world.model.enter("ranker")
+    return shared_trained
 
 
 @pytest.fixture
