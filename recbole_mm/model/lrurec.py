@@ -169,12 +169,7 @@ class LRURec(SequentialRecommender):
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         _check(config)
-        self.training_rows = TrainingRows(
-            config["train_mode"],
-            config["train_batch_size"],
-            config["seed"],
-            config["length_buckets"],
-        )
+        self.training_rows = TrainingRows.of(config)
         self.bos_target: bool = config["bos_target"]
         self.decay_log_params: bool = config["decay_log_params"]
         self.encoder = LRUEncoder(

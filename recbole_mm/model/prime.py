@@ -80,12 +80,7 @@ class PRIME(SequentialRecommender):
         self.source = self.active = "retriever"
         self.alphas = {"retriever": 0.0, "preference": 0.0}
         self._kept: dict[bytes, Tensor] = {}
-        self.training_rows = TrainingRows(
-            config["train_mode"],
-            config["train_batch_size"],
-            config["seed"],
-            config["length_buckets"],
-        )
+        self.training_rows = TrainingRows.of(config)
         self.retriever: Any = get_model(config["retriever"])(config, dataset)
         wanted = list(config["stages"] or self.stage_names)
         self.preference = _preference(config)

@@ -37,6 +37,12 @@ class TrainingRows:
     seed: int
     length_buckets: bool
 
+    @classmethod
+    def of(cls, config: Any) -> TrainingRows:
+        """What a recommender's configuration says of them."""
+        keys = ("train_mode", "train_batch_size", "seed", "length_buckets")
+        return cls(*(config[key] for key in keys))
+
 
 class RetrieverStage(Stage):
     """Trains a sequential model by its own loss.
