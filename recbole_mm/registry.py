@@ -4,6 +4,7 @@ RecBole's."""
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 from typing import Any
 
@@ -50,9 +51,10 @@ def zoo_models() -> dict[str, str]:
     """RecBole's models, lower-case file name -> dotted module."""
     found = {}
     for room in _ZOO_ROOMS:
-        package = importlib.import_module(f"recbole.model.{room}_recommender")
-        for module in pkgutil.iter_modules(package.__path__):
-            found[module.name] = f"{package.__name__}.{module.name}"
+        package = f"recbole.model.{room}_recommender"
+        spec = importlib.util.find_spec(package)  # to import it would import all its models
+        for module in pkgutil.iter_modules(spec.submodule_search_locations if spec else None):
+            found[module.name] = f"{package}.{module.name}"
     return found
 
 
