@@ -32,14 +32,14 @@ _NEW = 2  # shelves of novelties at the end of an aisle, for a user's last two p
 class Sizes:
     """How much there is, and how strongly looks decide."""
 
-    users: int = 700
+    users: int = 900
     purchases: tuple[int, int] = (10, 11)  # fewest and most of a user
-    aisles: int = 4
+    aisles: int = 16
     shelves: int = 9  # of an aisle, before those of the novelties
-    staples: int = 3  # of each look on a shelf
+    staples: int = 2  # of each look on a shelf
     novelties: int = 4  # of each look on a shelf of novelties
-    trials: int = 3  # sales of each novelty before its season
-    staples_before: int = 5  # most purchases of a tester before the trials
+    trials: int = 2  # sales of each novelty before its season
+    staples_before: int = 2  # most purchases of a tester before the trials
     appeal: float = 30.0  # how many times more a product of the appealing look is bought
     taste: float = 1.5  # the same, for the user's favourite look
 
