@@ -14,20 +14,17 @@ from recbole_mm.errors import UserError, told
 HELP = """\
 usage: run_recbole_mm.py --model=NAME[,NAME...] --dataset=NAME [--KEY=VALUE ...]
 
-  --model, -m NAME       LRURec, PRIME or any model of RecBole's zoo; several give one table
-  --dataset, -d NAME     a folder under --data_path (default: dataset/); mm-demo is made on first
-  use
+  --model, -m NAME       LRURec, FMLPRec, PRIME or any model of RecBole's zoo; several give a table
+  --dataset, -d NAME     a folder under --data_path (default: dataset/); mm-demo makes itself
   --config_files A,B     YAML files or recipes of properties/paper/
   --result_file PATH     write the result as JSON
-  --resume[=RUN_DIR]     go on with the newest unfinished run of this configuration, or with that
-  one
+  --resume[=RUN_DIR]     go on with the newest unfinished run of this configuration, or with RUN_DIR
   --load=RUN_DIR         evaluate a finished run again
   --debug                show the traceback of an error
   --KEY=VALUE            any key of the YAML files, e.g. --epochs=5 --backbone=tiny --seed=7
 
 Examples:
-  python run_recbole_mm.py                                    # PRIME on mm-demo, no network,
-  minutes
+  python run_recbole_mm.py                 # PRIME on mm-demo: minutes, no network
   python run_recbole_mm.py --model=SASRec,LRURec,PRIME --dataset=amazon-beauty --backbone=tiny
 """
 _SHORT = {"-m": "--model", "-d": "--dataset", "-h": "--help"}

@@ -438,8 +438,7 @@ def resolve_backbone(name: str, default: str) -> tuple[dict[str, Any], dict[str,
 
     Args:
         name: a file of `properties/backbone/`, `tiny` (the tiny form of the model's own default
-            family),
-            `tiny-FAMILY`, or a local folder with weights of the default's family.
+            family), `tiny-FAMILY`, or a local folder with weights of the default's family.
         default: the model's own backbone, from its YAML.
 
     Returns:

@@ -18,6 +18,7 @@ from recbole.utils import EvaluatorType, ModelType
 
 from recbole_mm.errors import UserError, nearest
 from recbole_mm.registry import get_model
+from recbole_mm.stage import SCHEDULES
 
 Final = Mapping[str, Any]
 
@@ -247,7 +248,8 @@ def check_all(model: str, model_class: Any, final: Final) -> None:
 
     Args:
         model: its name.
-        model_class: its class; `stage_names`, `make_stages` and `train_modes` say what it can do.
+        model_class: its class; `stage_names`, `make_stages` and `train_modes` say what it can do,
+            `choices` and `bounds` what some of its keys may be.
         final: every key.
 
     Raises:
@@ -256,6 +258,7 @@ def check_all(model: str, model_class: Any, final: Final) -> None:
     stages: tuple[str, ...] = tuple(getattr(model_class, "stage_names", ()))
     _check_pickles(final)
     _check_positive(model_class, stages, final)
+    _check_declared(model_class, stages, final)
     _check_metrics(stages, final)
     _check_protocol(model, model_class, final)
     _check_inner(model, model_class, final)
@@ -290,6 +293,20 @@ def _check_positive(model_class: Any, stages: tuple[str, ...], final: Final) -> 
     for key in (f"{stage}_{key}" for stage in stages for key in _NOT_NEGATIVE_OF_STAGE):
         if (final.get(key) or 0) < 0:
             raise UserError(f"{key}: it must be 0 (off) or more, got {final[key]}.")
+
+
+def _check_declared(model_class: Any, stages: tuple[str, ...], final: Final) -> None:
+    """Values that the model itself names: some words, or a range."""
+    choices = dict(getattr(model_class, "choices", {}))
+    if _is_staged(model_class):
+        choices |= dict.fromkeys(("schedule", *(f"{s}_schedule" for s in stages)), SCHEDULES)
+    for key, allowed in choices.items():
+        if final.get(key) is not None and final[key] not in allowed:
+            raise UserError(f"{key} is '{final[key]}': use {', '.join(allowed)}.")
+    for key, (least, most) in getattr(model_class, "bounds", {}).items():
+        if not least <= final[key] <= most:
+            range_ = f"{least} or more" if most == inf else f"between {least} and {most}"
+            raise UserError(f"{key} is {final[key]}: it must be {range_}.")
 
 
 # ---------------------------------------------------------------- evaluation
@@ -389,16 +406,19 @@ def _check_candidates(model: str, final: Final) -> None:
 def _check_train_mode(model: str, model_class: Any, final: Final) -> None:
     mode = final["train_mode"]
     if mode not in ("prefix", "whole"):
-        raise UserError(f"train_mode: '{mode}' is neither prefix nor whole.")
+        raise UserError(f"train_mode: '{mode}' is neither prefix nor whole: set it to one.")
     trained = inner_class(model_class, final) or model_class
     if mode == "whole" and final.get("loss_type", "CE") != "CE":
         raise UserError(
             f"train_mode: whole rows are trained with cross entropy: set loss_type: CE or "
             f"train_mode: prefix, loss_type is {final['loss_type']}."
         )
-    if mode not in getattr(trained, "train_modes", ("prefix",)):
+    offered = getattr(trained, "train_modes", ("prefix",))
+    if mode not in offered:
         name = model if trained is model_class else f"{model}'s {final[model_class.inner_model]}"
-        raise UserError(f"train_mode: {name} does not train in mode '{mode}'.")
+        raise UserError(
+            f"train_mode: {name} does not train in mode '{mode}': set it to {' or '.join(offered)}."
+        )
 
 
 def inner_class(model_class: Any, final: Final) -> Any:
@@ -417,6 +437,11 @@ def _check_inner(model: str, model_class: Any, final: Final) -> None:
         raise UserError(
             f"{key}: {name} trains on sampled negatives, {model}'s retriever on cross entropy: "
             "set loss_type: CE where it has that, or take another."
+        )
+    if final.get("benchmark_filename") and list(final["stages"] or ()) != [key]:
+        raise UserError(
+            f"benchmark_filename: {model} is trained on each user's sequence, which a ready-made "
+            f"split does not tell: leave it out, or train the retriever alone, --stages={key}."
         )
     prepared = final.get("transform") and final["train_mode"] != "whole"
     if prepared or (len(getattr(inner, "stage_names", ())) > 1):

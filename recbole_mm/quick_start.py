@@ -23,7 +23,7 @@ from recbole_mm import compat, registry
 from recbole_mm.config import VOLATILE_KEYS, MMConfig, parse_value
 from recbole_mm.errors import UserError, nearest
 from recbole_mm.trainer.checkpoint import write_json
-from recbole_mm.trainer.run import Run, check_same, earlier_run, newest_run
+from recbole_mm.trainer.run import Run, check_given, check_same, earlier_run, newest_run
 
 # What a trained run can be evaluated with, beside the keys that change no number at all.
 _MEASURES = ("mask_history", "eval_candidates", "metrics", "topk", "valid_metric")
@@ -76,14 +76,14 @@ def run(
     Raises:
         UserError: a mistake in names, keys, values or data.
     """
-    config = MMConfig(model, dataset, config_files, overrides)
-    if resume and one_of_several:
-        newest = newest_run(config)
-        if newest and newest.state["status"] == "finished":
-            return dict(json.loads((newest.folder / "result.json").read_text(encoding="utf-8")))
-        resume = newest is not None
+    config = _configure(model, dataset, config_files, overrides)
     named = config["stages"] if "stages" in config.external_config_dict else ()
-    return _work(config, earlier_run(config, resume, _earlier_stages(config)), True, named)
+    if resume and one_of_several:
+        place = newest_run(config)
+        if place and place.state["status"] == "finished" and place.has_trained(config["stages"]):
+            return dict(json.loads((place.folder / "result.json").read_text(encoding="utf-8")))
+        return _work(config, place or earlier_run(config, False, _earlier_stages(config)), named)
+    return _work(config, earlier_run(config, resume, _earlier_stages(config)), named)
 
 
 def go_on(folder: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -100,16 +100,31 @@ def go_on(folder: str, overrides: Mapping[str, Any] | None = None) -> dict[str, 
     asked = {"stages": place.state["asked"]} if place.state.get("asked") else {}
     config = _config_of(place, {**asked, **(overrides or {})})
     check_same(place, config)
-    return _work(config, place, True, config["stages"] if "stages" in (overrides or {}) else ())
+    return _work(config, place, config["stages"] if "stages" in (overrides or {}) else ())
 
 
 def check(
     model: str, dataset: str, config_files: Iterable[str], overrides: Mapping[str, Any]
 ) -> None:
     """Raises `UserError` for what can be known to fail before anything is trained."""
-    config = MMConfig(model, dataset, config_files, overrides)
+    config = _configure(model, dataset, config_files, overrides)
     if dataset not in DEMOS:
         ensure_dataset(config)
+
+
+def _configure(
+    model: str, dataset: str, config_files: Iterable[str], overrides: Mapping[str, Any] | None
+) -> MMConfig:
+    """The whole configuration, with what the dataset's files and runs it names say about it."""
+    from recbole_mm.data.item_features import choose_item_features
+
+    config = MMConfig(model, dataset, config_files, overrides)
+    if Path(config["data_path"]).is_dir():  # else it is still to be made, or missing
+        choose_item_features(config)
+    for stage in getattr(config.model_class, "stage_names", ()):
+        if config[f"{stage}_from"]:
+            check_given(stage, config[f"{stage}_from"])
+    return config
 
 
 def load(folder: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -166,16 +181,20 @@ def _refuse_new_weights(settings: Mapping[str, Any], overrides: Mapping[str, Any
 
 
 def _earlier_stages(config: MMConfig) -> list[str]:
-    """Stages that come before those asked for, and must therefore have been trained already."""
+    """Stages that come before those asked for, and must therefore have been trained already, but
+    for those whose weights another run gives."""
     names: list[str] = list(getattr(config.model_class, "stage_names", ()))
     chosen = [name for name in config["stages"] or names if name in names]
-    return names[: min(map(names.index, chosen), default=0)]
+    before = names[: min(map(names.index, chosen), default=0)]
+    return [name for name in before if not config[f"{name}_from"]]
 
 
 def _work(
-    config: MMConfig, place: Run | None, train: bool, named: Sequence[str] = ()
+    config: MMConfig, place: Run | None, named: Sequence[str] = (), train: bool = True
 ) -> dict[str, Any]:
     """`named` are the stages that the user, and not only the model's YAML, asks for."""
+    if place is not None and train:
+        place.require_done(_earlier_stages(config))
     started = time.perf_counter()
     _reset_peak_memory(config["device"])
     _start_logging(config)
@@ -339,14 +358,14 @@ def _measure(trainer: Any, data: Data, readout: Any) -> dict[str, Any]:
 def _zoo(
     config: MMConfig, model: Any, data: Data, place: Run, train: bool
 ) -> tuple[list[dict[str, Any]], Any]:
-    from recbole_mm.stage import Readout
-    from recbole_mm.trainer.zoo import STAGE, epochs_trained, zoo_trainer
+    from recbole_mm.stage import ONLY_STAGE, Readout
+    from recbole_mm.trainer.zoo import epochs_trained, zoo_trainer
 
     trainer = zoo_trainer(registry.get_trainer_base(config["MODEL_TYPE"], config["model"]))(
         config, model
     )
     trainer.start(place, data.train)
-    if train and not place.is_done(STAGE):
+    if train and not place.is_done(ONLY_STAGE):
         trainer.fit(data.train, data.valid, saved=True, show_progress=config["show_progress"])
         trainer.finish(epochs_trained(trainer))
     trainer.load_best()
@@ -409,7 +428,7 @@ def _stages(place: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
     for name, entry in stages.items():
         entry.update(entry.pop("finished", {}))  # what the stage itself had to say
         entry.setdefault("steps", None)
-        row = rows[0] if len(rows) == 1 else next((r for r in rows if r["name"] == name), None)
+        row = next((r for r in rows if r["name"] in (name, "")), None)  # "": the only way to read
         if row:
             entry.update(valid=row["valid"], test=row["test"])
     return stages

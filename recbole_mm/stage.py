@@ -2,8 +2,7 @@
 
 The trainer knows stages and never a model: it walks a stage's plan, steps the optimiser, validates,
 keeps the best weights and can stop and go on at any step. The model says what a batch is and what
-its
-loss is.
+its loss is.
 """
 
 from __future__ import annotations
@@ -38,6 +37,15 @@ class StageSettings:
     validate_first: bool = False  # before the first step too: the weights it begins with may stay
     weights_from: str | None = None  # a run whose weights are taken; then nothing is trained
 
+
+ONLY_STAGE = "train"  # the name of the stage of a model that has no others
+
+
+class UnfitWeightsError(ValueError):
+    """Weights that a stage cannot take, with the reason."""
+
+
+SCHEDULES = ("constant", "linear", "cosine")
 
 # Plain keys of the configuration that a stage can have its own of: the stage `ranker` reads
 # `ranker_learning_rate` before `learning_rate`. Beside each a value of its type; 0 is off.
@@ -114,8 +122,12 @@ class Stage:
         return dict(self.module.state_dict())
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes back what `state` gave."""
-        self.module.load_state_dict(dict(state))
+        """Takes back what `state` gave.
+
+        Raises:
+            UnfitWeightsError: they are of something else.
+        """
+        fill(self.module, state)
 
     def finish(self, context: StageContext) -> dict[str, Any]:
         """Called with the best weights in place; what it returns is stored in `state.json`."""
@@ -123,6 +135,18 @@ class Stage:
 
     def restore(self, finished: Mapping[str, Any]) -> None:
         """Takes back what `finish` returned, when a finished stage is loaded."""
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Puts weights into a module.
+
+    Raises:
+        UnfitWeightsError: they are not the module's.
+    """
+    try:
+        module.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise UnfitWeightsError("they are of another model or of other sizes") from error
 
 
 def seeded_rows(n_rows: int, size: int, seed: int) -> Tensor | None:

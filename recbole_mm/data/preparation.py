@@ -13,15 +13,10 @@ from recbole.data.utils import create_samplers, get_dataloader
 from recbole.sampler import KGSampler
 from recbole.utils import ModelType
 
-from recbole_mm.config_checks import inner_class
+from recbole_mm.config_checks import PICKLE_KEYS, inner_class
 from recbole_mm.data.dataset import BY_MODEL, BY_TYPE
 from recbole_mm.data.sequences import WholeFields, WholeTrainLoader, whole_windows
 from recbole_mm.errors import UserError
-
-TRAIN_MODES = ("prefix", "whole")
-
-# RecBole's caches of datasets and loaders are pickles, and read again without a word.
-_PICKLE_KEYS = ("save_dataset", "dataset_save_path", "save_dataloaders", "dataloaders_save_path")
 
 
 def dataset_class(config: Any) -> type[Dataset]:
@@ -35,7 +30,7 @@ def create_dataset(config: Any) -> Dataset:
     Raises:
         UserError: a key asks for one of RecBole's pickled caches.
     """
-    for key in _PICKLE_KEYS:
+    for key in PICKLE_KEYS:
         if config[key]:
             raise UserError(f"{key} would keep a pickle, which is not safe to load: leave it out.")
     return dataset_class(config)(config)
@@ -45,13 +40,11 @@ def choose_train_mode(config: Any, model_class: type) -> str:
     """The mode that the configuration names, or the model's first: never another one in silence.
 
     Raises:
-        UserError: there is no such mode, or the model does not have it.
+        UserError: the model does not have it.
     """
     trained = inner_class(model_class, config) or model_class
     offered: tuple[str, ...] = getattr(trained, "train_modes", ("prefix",))
     mode = config["train_mode"] or offered[0]
-    if mode not in TRAIN_MODES:
-        raise UserError(f"train_mode is '{mode}': set it to {' or '.join(TRAIN_MODES)}.")
     if mode not in offered:
         raise UserError(
             f"{trained.__name__} cannot train with train_mode '{mode}': "

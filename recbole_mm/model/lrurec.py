@@ -38,7 +38,7 @@ from recbole_mm.model.layers.lru import (
     truncated_normal_init,
 )
 from recbole_mm.model.layers.retriever_stage import RetrieverStage, TrainingRows
-from recbole_mm.stage import Stage, StageSettings
+from recbole_mm.stage import ONLY_STAGE, Stage, StageSettings
 
 
 class LRUEncoder(nn.Module):
@@ -164,7 +164,7 @@ class LRURec(SequentialRecommender):
     """LRURec behind RecBole's interface, and the retriever of PRIME."""
 
     train_modes = ("whole", "prefix")
-    stage_names = ("train",)
+    stage_names = (ONLY_STAGE,)
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
@@ -259,7 +259,9 @@ class LRURec(SequentialRecommender):
         self, settings: Mapping[str, StageSettings], train_dataset: Any
     ) -> Sequence[Stage]:
         """The one stage of this model, on the training part of a dataset."""
-        stage = RetrieverStage("train", self, settings["train"], self.training_rows, train_dataset)
+        stage = RetrieverStage(
+            ONLY_STAGE, self, settings[ONLY_STAGE], self.training_rows, train_dataset
+        )
         return [stage]
 
 

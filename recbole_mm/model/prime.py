@@ -14,16 +14,18 @@ Differs from the official code:
 - Gradients of micro-batches are averaged; official code adds them up and then clips.
 - Metrics are of one complete ranking a user: the head in ranker order, the tail in the retriever's.
 - `fusion: valid` adds the retriever's scores to the ranker's, weighted on validation data.
-- Preference optimisation draws both sets of all positions at once from one causal pass, and breaks
-  a tie of ranks by the ranker's probability of the target; official code takes the first set.
+- Preference optimisation draws both sets of all positions at once, from one causal pass where the
+  retriever is causal, and breaks a tie of ranks by the ranker's probability of the target; official
+  code takes the first set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,9 +36,21 @@ from torch import Tensor
 
 from recbole_mm.data.content import ItemContent
 from recbole_mm.errors import UserError
-from recbole_mm.model.layers.preference_stage import PreferenceSettings, PreferenceStage
+from recbole_mm.model.layers.preference import SET_PROBS
+from recbole_mm.model.layers.preference_stage import (
+    LABELERS,
+    NEITHER,
+    PreferenceSettings,
+    PreferenceStage,
+)
 from recbole_mm.model.layers.ranker_stage import RankerStage
-from recbole_mm.model.layers.ranking import demotion, fuse, lift, top_candidates
+from recbole_mm.model.layers.ranking import (
+    NEGATIVE_SOURCES,
+    demotion,
+    fuse,
+    lift,
+    top_candidates,
+)
 from recbole_mm.model.layers.retriever_stage import RetrieverStage, TrainingRows
 from recbole_mm.registry import get_model
 from recbole_mm.stage import Readout, Stage, StageSettings
@@ -61,6 +75,23 @@ class PRIME(SequentialRecommender):
     """
 
     inner_model = "retriever"  # the key that names it; its YAML stands below PRIME's
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {  # what a key may be
+        "neg_source": NEGATIVE_SOURCES,
+        "supervise": ("letter", "letter_eos"),
+        "candidate_order": ("retriever", "shuffled"),
+        "set_prob": SET_PROBS,
+        "neither": NEITHER,
+        "labeler": LABELERS,
+        "fusion": ("none", "valid"),
+    }
+    bounds: ClassVar[dict[str, tuple[float, float]]] = {  # smallest and largest value of a key
+        "n_candidates": (2, 26),
+        "max_history_items": (1, inf),
+        "max_attr_tokens": (1, inf),
+        "score_tokens": (1, inf),
+        "beta": (0, inf),
+        "set_temperature": (1e-3, inf),
+    }
     stage_names = ("retriever", "ranker", "preference")
 
     def __init__(self, config: Any, dataset: Any) -> None:
@@ -201,8 +232,11 @@ class PRIME(SequentialRecommender):
     def _rows_to_rank(self, interaction: Interaction, candidates: Tensor) -> Tensor:
         if not self.only_hits or self.ITEM_ID not in interaction:
             return torch.arange(len(candidates), device=candidates.device)
-        targets = interaction[self.ITEM_ID].to(candidates.device)
-        return (candidates == targets[:, None]).any(dim=1).nonzero()[:, 0]
+        targets = interaction[self.ITEM_ID].to(candidates.device)[:, None]
+        moved = (candidates == targets).any(dim=1)
+        if self.mask_candidates:  # candidates may pass a target that is in the history
+            moved |= (interaction[self.ITEM_SEQ].to(candidates.device) == targets).any(dim=1)
+        return moved.nonzero()[:, 0]
 
     def rank(self, interaction: Interaction, candidates: Tensor) -> Tensor:
         """The ranker's log-probabilities, kept until weights change. (B, K) -> (B, K)."""
@@ -298,13 +332,7 @@ def _attributes(config: Any, content: Any) -> tuple[str, ...]:
 
 
 def _check(config: Any, n_items: int) -> None:
-    """Raises `UserError` for values that PRIME cannot work with."""
-    for key, allowed in (
-        ("fusion", ("none", "valid")),
-        ("candidate_order", ("retriever", "shuffled")),
-    ):
-        if config[key] not in allowed:
-            raise UserError(f"{key} is '{config[key]}': use {' or '.join(allowed)}.")
+    """Raises `UserError` where the dataset has too few items."""
     if config["n_candidates"] > n_items - 1:
         raise UserError(
             f"n_candidates is {config['n_candidates']}, but the dataset has {n_items - 1} items: "

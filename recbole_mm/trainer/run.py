@@ -14,7 +14,10 @@ from typing import Any
 import yaml
 
 from recbole_mm.errors import UserError
+from recbole_mm.stage import ONLY_STAGE
 from recbole_mm.trainer.checkpoint import write_atomically, write_json
+
+_ID = "????????-??????-????"  # date, time and four random digits
 
 
 class Run:
@@ -84,6 +87,19 @@ class Run:
         """Whether the stage has been trained to its end."""
         return bool(self.stage(name).get("done"))
 
+    def has_trained(self, stages: Sequence[str] | None) -> bool:
+        """Whether these stages, and none after them, are what the run was last asked for."""
+        return list(self.state.get("asked") or ()) == list(stages or ())
+
+    def require_done(self, stages: Sequence[str]) -> None:
+        """Raises `UserError` unless these stages have been trained to their end."""
+        missing = [name for name in stages if not self.is_done(name)]
+        if missing:
+            raise UserError(
+                f"--stages: {self.folder} has not finished {', '.join(missing)}, which the stages "
+                "asked for are trained on: name it too."
+            )
+
     def reopen(self, asked: Sequence[str], names: Sequence[str]) -> None:
         """Makes ready to train again.
 
@@ -107,12 +123,17 @@ class Run:
 
 def runs_of(root: Path, config: Any) -> Iterator[Run]:
     """The runs of this very configuration, newest first."""
-    states = root.glob(f"{config['model']}-{config['dataset']}-*/state.json")
-    for path in sorted(states, reverse=True):  # the id begins with the time
+    for run in _runs(root, config):
+        if run.state.get("config_hash") == config.hash():
+            yield run
+
+
+def _runs(root: Path, config: Any) -> Iterator[Run]:
+    """The runs of this model on this dataset, newest first."""
+    folders = root.glob(f"{config['model']}-{config['dataset']}-{_ID}")
+    for folder in sorted(folders, reverse=True):  # the id begins with the time
         with suppress(UserError):  # a damaged one is none
-            run = Run.open(path.parent)
-            if run.state.get("config_hash") == config.hash():
-                yield run
+            yield Run.open(folder)
 
 
 def newest_run(config: Any) -> Run | None:
@@ -132,26 +153,37 @@ def earlier_run(config: Any, resume: bool, earlier_stages: list[str]) -> Run | N
         UserError: there is no such run.
     """
     root = Path(config["checkpoint_dir"])
+    if not resume and not earlier_stages:
+        return None
+    for run in runs_of(root, config):
+        if resume and run.state["status"] == "finished":
+            continue
+        if all(map(run.is_done, earlier_stages)):
+            return run
     if earlier_stages:
-        able = (r for r in runs_of(root, config) if all(map(r.is_done, earlier_stages)))
-        found = next(able, None)
-        if found is None:
-            raise UserError(
-                f"--stages: no run of this configuration has finished {', '.join(earlier_stages)}: "
-                f"train it first, or name a run to take it from, {earlier_stages[0]}_from=RUN_DIR"
-                f"{_nearly(root, config)}."
-            )
-        return found
-    if resume:
-        unfinished = (r for r in runs_of(root, config) if r.state["status"] != "finished")
-        found = next(unfinished, None)
-        if found is None:
-            raise UserError(
-                f"--resume: {root} has no unfinished run of this configuration: start it without "
-                f"--resume, or evaluate a finished one with --load=RUN_DIR{_nearly(root, config)}."
-            )
-        return found
-    return None
+        raise UserError(
+            f"--stages: no {'unfinished ' if resume else ''}run of this configuration has finished "
+            f"{', '.join(earlier_stages)}: train it first, or name a run to take it from, "
+            f"--{earlier_stages[0]}_from=RUN_DIR{_nearly(root, config)}."
+        )
+    raise UserError(
+        f"--resume: {root} has no unfinished run of this configuration: start it without "
+        f"--resume, or evaluate a finished one with --load=RUN_DIR{_nearly(root, config)}."
+    )
+
+
+def check_given(stage: str, folder: str) -> None:
+    """Raises `UserError` unless a stage's weights can be taken from the run in `folder`."""
+    try:
+        run = Run.open(Path(folder))
+    except UserError as error:
+        raise UserError(f"{stage}_from: {error}") from error
+    names = [name for name in (stage, ONLY_STAGE) if name in run.state["stages"]]
+    if not any(map(run.is_done, names)):
+        raise UserError(
+            f"{stage}_from: {folder} has no finished stage {stage}: go on with it by "
+            f"--resume={folder}, or name another run."
+        )
 
 
 def check_same(run: Run, config: Any) -> None:
@@ -165,12 +197,9 @@ def check_same(run: Run, config: Any) -> None:
 
 def _nearly(root: Path, config: Any) -> str:
     """How the newest run of this model and dataset differs."""
-    folders = sorted(root.glob(f"{config['model']}-{config['dataset']}-*"), reverse=True)
-    for folder in folders:
-        with suppress(UserError):
-            run = Run.open(folder)
-            if run.state.get("config_hash") != config.hash():
-                return f" (the newest, {folder}, differs: {_difference(run, config)})"
+    for run in _runs(root, config):
+        if run.state.get("config_hash") != config.hash():
+            return f" (the newest, {run.folder}, differs: {_difference(run, config)})"
     return ""
 
 

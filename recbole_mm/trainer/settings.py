@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from recbole_mm.errors import UserError
 from recbole_mm.stage import STAGE_KEYS, StageSettings
 
 # Keys whose field in StageSettings has another name; `clip_grad_norm` ends in `clip_norm`.
@@ -37,8 +36,6 @@ def _one(config: Any, stage: str) -> StageSettings:
     values["clip_norm"] = _clip_norm(config, stage, values.get("clip_norm"))
     for off in ("max_steps", "valid_users"):
         values[off] = values.get(off) or None
-    if values.get("schedule", "constant") not in ("constant", "linear", "cosine"):
-        raise UserError(f"schedule: '{values['schedule']}' is none of constant, linear, cosine.")
     values["weights_from"] = config[f"{stage}_from"] or None
     return StageSettings(**values)
 

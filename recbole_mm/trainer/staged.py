@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from logging import getLogger
 from pathlib import Path
@@ -22,7 +22,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from recbole_mm.errors import UserError
-from recbole_mm.stage import Stage, StageContext, StageSettings
+from recbole_mm.stage import (
+    ONLY_STAGE,
+    Stage,
+    StageContext,
+    StageSettings,
+    UnfitWeightsError,
+)
 from recbole_mm.trainer.checkpoint import (
     Checkpoint,
     check_items,
@@ -35,6 +41,8 @@ from recbole_mm.trainer.checkpoint import (
 from recbole_mm.trainer.evaluation import EvaluationMixin, Result
 from recbole_mm.trainer.run import Run
 from recbole_mm.trainer.settings import stage_settings
+
+_SPLIT = ("eval_args", "benchmark_filename", "limit_users")
 
 
 @dataclass
@@ -68,13 +76,7 @@ class StagedTrainer(EvaluationMixin):
         self.device = config["device"]
         self.logger = getLogger()
         self.stages: list[Stage] = []
-        self.chosen = list(config["stages"] or model.stage_names)
-        unknown = [name for name in self.chosen if name not in model.stage_names]
-        if unknown:
-            raise UserError(
-                f"stages: '{unknown[0]}' is no stage of {config['model']} "
-                f"({', '.join(model.stage_names)})."
-            )
+        self.chosen: list[str] = list(config["stages"] or model.stage_names)
 
     def fit(
         self, train_data: Any, valid_data: Any, test_data: Any, show_progress: bool = False
@@ -120,13 +122,20 @@ class StagedTrainer(EvaluationMixin):
         self.stages = self.model.make_stages(settings, train_data._dataset)[: last + 1]
 
     def _is_to_train(self, stage: Stage) -> bool:
-        return stage.name in self.chosen and not self.run.is_done(stage.name)
+        wanted = stage.name in self.chosen or stage.settings.weights_from is not None
+        return wanted and not self.run.is_done(stage.name)
 
     def _load(self, stage: Stage) -> None:
         folder = self.folder(stage) / "best"
         checkpoint = read_checkpoint(folder, self.device)
         check_items(checkpoint, self.items, folder)
-        stage.load_state(checkpoint.tensors)
+        try:
+            stage.load_state(checkpoint.tensors)
+        except UnfitWeightsError as error:
+            raise UserError(
+                f"The weights in {folder} cannot be used, {error}: train the stage again with "
+                f"--stages={stage.name}."
+            ) from error
         stage.restore(self.run.stage(stage.name).get("finished", {}))
         self.logger.info(set_color(f"Loaded stage {stage.name}", "blue") + f": {folder}")
 
@@ -182,23 +191,18 @@ class StageLoop:
 
     def _take(self, run: Path) -> None:
         """Weights of another run: nothing is left but to see what they are worth here."""
-        folder = next(
-            (
-                run / name / "best"
-                for name in (self.stage.name, "train")
-                if has_checkpoint(run / name / "best")
-            ),
-            run / self.stage.name / "best",
-        )
+        own, only = (run / name / "best" for name in (self.stage.name, ONLY_STAGE))
+        folder = own if has_checkpoint(own) else only
         checkpoint = read_checkpoint(folder, self.trainer.device)
+        key = f"{self.stage.name}_from"
         if self.stage.of_items:
             check_items(checkpoint, self.trainer.items, folder)
+            _check_split(key, checkpoint.config, self.trainer.config.settings(), folder)
         try:
             self.stage.load_state(checkpoint.tensors)
-        except (RuntimeError, KeyError) as error:
+        except UnfitWeightsError as error:
             raise UserError(
-                f"{self.stage.name}_from: the weights in {folder} are of another model or of other "
-                "sizes: name a run of the same ones."
+                f"{key}: the weights in {folder} cannot be used, {error}: name another run."
             ) from error
         self.position.stopped = "given"
         self._validate()
@@ -402,3 +406,18 @@ class StageLoop:
             total = per_epoch * self.settings.epochs
             self._steps = min(total, self.settings.max_steps or total)
         return self._steps
+
+
+def _check_split(
+    key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], folder: Path
+) -> None:
+    """Weights that were trained on another split may have seen the targets of this one."""
+    decide = [k for k in ours if k in _SPLIT or k.endswith("_interval")]
+    drawn = ours["limit_users"] or "RS" in ours["eval_args"]["split"]
+    decide += ["seed"] if drawn else []
+    for name in decide:
+        if theirs.get(name) != ours[name]:
+            raise UserError(
+                f"{key}: {folder} was trained on another split of the data, {name} was "
+                f"{theirs.get(name)!r} and is {ours[name]!r}: name a run of the same one."
+            )

@@ -15,6 +15,7 @@ from recbole.trainer import Trainer
 from recbole.utils import set_color
 
 from recbole_mm.errors import UserError
+from recbole_mm.stage import ONLY_STAGE
 from recbole_mm.trainer.checkpoint import (
     Checkpoint,
     check_items,
@@ -28,8 +29,6 @@ from recbole_mm.trainer.checkpoint import (
 )
 from recbole_mm.trainer.evaluation import EvaluationMixin, Result, is_ranking_loader
 from recbole_mm.trainer.run import Run
-
-STAGE = "train"  # the name of a zoo model's only stage in the run's folder and result
 
 
 class TimeUpError(Exception):
@@ -53,13 +52,13 @@ class ZooMixin(EvaluationMixin):
         self.run, self.train_data = run, train_data
         self.items = train_data._dataset.item_tokens()
         self.data_collect(train_data)
-        self._seconds_before = float(run.stage(STAGE).get("seconds", 0.0))
+        self._seconds_before = float(run.stage(ONLY_STAGE).get("seconds", 0.0))
         self._started = time.perf_counter()
         if has_checkpoint(self._folder("last")):
             self._go_on()
 
     def _folder(self, name: str) -> Path:
-        return self.run.folder / STAGE / name
+        return self.run.folder / ONLY_STAGE / name
 
     # --- RecBole's hooks
     def _train_epoch(
@@ -121,7 +120,7 @@ class ZooMixin(EvaluationMixin):
         """Writes the stage's record once `fit` has returned."""
         stopped = "epochs" if epochs >= self.epochs else "time" if self.time_up else "patience"
         seconds = round(self._seconds(), 2)
-        self.run.record(STAGE, epochs=epochs, seconds=seconds, stopped=stopped, done=True)
+        self.run.record(ONLY_STAGE, epochs=epochs, seconds=seconds, stopped=stopped, done=True)
 
     def _seconds(self) -> float:
         """Spent on this run so far, before a resume too."""
@@ -131,12 +130,12 @@ class ZooMixin(EvaluationMixin):
         optimizer = {"optimizer": self.optimizer.state_dict(), "random": random_state()}
         optimizer["loader"] = self.train_data.generator.get_state()
         self._write("last", epoch, optimizer)
-        self.run.record(STAGE, epochs=epoch + 1, seconds=round(self._seconds(), 2))
+        self.run.record(ONLY_STAGE, epochs=epoch + 1, seconds=round(self._seconds(), 2))
 
     def _write(self, name: str, epoch: int, optimizer: dict[str, Any] | None) -> None:
         tensors = {**self.model.state_dict(), **pack_other(self.model.other_parameter())}
         state = {
-            "stage": STAGE,
+            "stage": ONLY_STAGE,
             "epoch": epoch,
             "cur_step": self.cur_step,
             "best_valid_score": float(self.best_valid_score)

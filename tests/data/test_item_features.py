@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from recbole_mm import quick_start
 from recbole_mm.config import MMConfig
 from recbole_mm.data.item_features import choose_item_features
 from recbole_mm.data.preparation import create_dataset
 from recbole_mm.errors import UserError
+from recbole_mm.trainer.run import Run
 from tests.data.atomic_data import random_interactions, write_atomic
 
 
@@ -49,3 +51,20 @@ def test_a_column_that_the_user_named_is_left_alone(tmp_path: Path) -> None:
 def test_a_dataset_without_features_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"FDSA needs item features, and .*toy\.item has no token"):
         feature_config(tmp_path, None)
+
+
+def test_a_killed_run_of_a_feature_model_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the dataset's header decides is part of the configuration from the start."""
+    monkeypatch.chdir(tmp_path)
+    feature_config(tmp_path, "item_id:token brand:token aisle:token")
+    keys = {"data_path": str(tmp_path), "epochs": 1, "show_progress": False, "topk": [5]}
+    keys["valid_metric"] = "NDCG@5"
+    first = quick_start.run("FDSA", "toy", overrides=keys)
+    place = Run.open(Path(first["run_dir"]))
+    place.state["status"] = "running"
+    place.save()
+    again = quick_start.run("FDSA", "toy", overrides=keys, resume=True)
+    assert again["run_dir"] == first["run_dir"]
+    assert again["test"] == first["test"]

@@ -208,7 +208,7 @@ def test_train_mode_is_never_switched_silently(tmp_path: Path) -> None:
     folder = random_interactions(tmp_path / "toy", [6] * 4)
     with pytest.raises(UserError, match="SASRec cannot train with train_mode 'whole'"):
         prepared(whole(folder), SASRec)
-    with pytest.raises(UserError, match="train_mode is 'full': set it to prefix or whole"):
+    with pytest.raises(UserError, match="Causal cannot train with train_mode 'full': set it to w"):
         choose_train_mode({"train_mode": "full"}, Causal)
     assert choose_train_mode({"train_mode": None}, Causal) == "whole"
     assert choose_train_mode({"train_mode": None}, SASRec) == "prefix"

@@ -16,7 +16,9 @@ from tests.model.prime_world import USERS, Trained, World, world_of
 def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds the dataset `mini`: 30 users, 48 products."""
     root = tmp_path_factory.mktemp("data")
-    shop = Sizes(USERS, (6, 8), aisles=1, shelves=6, staples=1, novelties=1, staples_before=2)
+    shop = Sizes(
+        USERS, (6, 8), aisles=1, shelves=6, staples=1, novelties=1, trials=3, staples_before=2
+    )
     make_demo(root / "mini", sizes=shop)
     return root
 

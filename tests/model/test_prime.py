@@ -12,8 +12,10 @@ from recbole.data.interaction import Interaction
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from recbole_mm.data.demo import Sizes, make_demo
 from recbole_mm.errors import UserError
 from recbole_mm.model.layers.ranker_stage import RankerStage
+from recbole_mm.stage import UnfitWeightsError
 from tests.backbone.conftest import saved_folder  # noqa: F401 (a fixture)
 from tests.model.prime_world import (
     HISTORY,
@@ -239,13 +241,13 @@ def test_checkpoints_of_others_are_the_users_mistake(
     saved_folder: Path,  # noqa: F811
 ) -> None:
     stage = adapted(mini, saved_folder).stage()
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UnfitWeightsError, match="another tokenizer"):
         stage.load_state(world.stage().state())
-    with pytest.raises(UserError, match="does not fit this backbone"):
+    with pytest.raises(UnfitWeightsError, match="do not fit this backbone"):
         stage.load_state(adapted(mini, saved_folder, lora_r=2).stage().state())
     state = stage.state()
     state.pop("tokenizer_fingerprint")
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UnfitWeightsError, match="another tokenizer"):
         stage.load_state(state)
 
 
@@ -267,10 +269,10 @@ def test_vectors_do_not_decay(world: World) -> None:
     [
         ({"n_candidates": 27}, "between 2 and 26"),
         ({"n_candidates": 1}, "between 2 and 26"),
-        ({"n_candidates": 500}, r"n_candidates is 500, but the dataset has \d+ items"),
-        ({"fusion": "always"}, "none or valid"),
-        ({"candidate_order": "random"}, "retriever or shuffled"),
-        ({"supervise": "all"}, "letter or letter_eos"),
+        ({"n_candidates": 500}, "between 2 and 26"),
+        ({"fusion": "always"}, "use none, valid"),
+        ({"candidate_order": "random"}, "use retriever, shuffled"),
+        ({"supervise": "all"}, "use letter, letter_eos"),
         ({"attributes": ["colour", "weight"]}, "reads colour, weight"),
         ({"backbone": "qwen9"}, "no backbone 'qwen9'"),
         ({"min_pixels": 5}, "pixel budget"),
@@ -279,6 +281,13 @@ def test_vectors_do_not_decay(world: World) -> None:
 def test_wrong_values_are_one_sentence(mini: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         world_of(mini, **changes)
+
+
+def test_more_candidates_than_items(tmp_path: Path) -> None:
+    shop = Sizes(12, (6, 6), aisles=1, shelves=4, staples=1, novelties=1, trials=1)
+    make_demo(tmp_path / "mini", sizes=shop)
+    with pytest.raises(UserError, match=r"n_candidates is 26, but the dataset has 2\d items"):
+        world_of(tmp_path, n_candidates=26)
 
 
 def test_a_retriever_alone_needs_no_backbone(mini: Path) -> None:

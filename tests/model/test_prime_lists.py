@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,6 +124,26 @@ def test_scoring_only_hits_asks_less_and_gives_the_same(trained: Trained) -> Non
         asked_of[only_hits] = len(model._kept)
     assert results[True] == results[False]
     assert 0 < asked_of[True] < asked_of[False] <= USERS  # users may have the same prompt
+
+
+def test_a_target_that_is_masked_as_a_candidate_is_passed_by_them_all(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An item taken again is no candidate then, and stands behind the K however well it scored."""
+    world, model = trained.world, trained.world.model
+    monkeypatch.setattr(model, "mask_candidates", True)
+    rows = copy(world.rows())
+    rows.update(Interaction({"item_id": rows["item_id_list"][:, 0]}))
+    model.enter("ranker")
+    final = []
+    for only_hits in (True, False):
+        model.only_hits = only_hits
+        with torch.no_grad():
+            scores = model.full_sort_predict(rows)
+        own = scores.gather(1, rows["item_id"][:, None])
+        final.append((scores > own).sum(1))
+    assert torch.equal(*final)
+    assert (final[0] >= K).all()
 
 
 def test_only_metrics_of_the_targets_place_allow_that(mini: Path) -> None:

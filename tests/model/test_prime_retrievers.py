@@ -24,6 +24,7 @@ RETRIEVERS = [
     {"retriever": "GRU4Rec", "train_mode": "whole"},
     {"retriever": "BERT4Rec", "train_mode": "whole"},
     {"retriever": "FMLPRec"},
+    {"retriever": "Caser"},  # reads rows of full length, and has a vector a user
 ]
 NAMES = [f"{r['retriever']}-{r.get('train_mode', 'prefix')}" for r in RETRIEVERS]
 
@@ -75,16 +76,17 @@ def test_positions_score_as_rows_of_their_own(
     stage = world.stage("preference")
     stage.policy.eval()
     rows = collate(stage.rows, stage.plan(0)[0].rows)
-    item_seq, targets = rows["item_id_list"], rows[TARGETS]
+    parts = (rows[name].tolist() for name in ("user_id", "item_id_list", TARGETS))
+    full = stage.policy.max_seq_length
     with torch.no_grad():
-        found = stage._scores(item_seq, targets)
+        found = stage._scores(rows)
         expected = []
-        for items, nexts in zip(item_seq.tolist(), targets.tolist(), strict=True):
+        for user, items, nexts in zip(*parts, strict=True):
             for end in range(1, len(items) + 1):
                 if nexts[end - 1]:
-                    row = {"item_id_list": torch.tensor([items[:end]])}
-                    row["item_length"] = torch.tensor([end])
-                    expected.append(stage.policy.full_sort_predict(Interaction(row))[0])
+                    row = {"item_id_list": torch.tensor([items[:end] + [0] * (full - end)])}
+                    row |= {"item_length": torch.tensor([end]), "user_id": torch.tensor([user])}
+                    expected.append(stage.policy.full_sort_predict(Interaction(row)).view(-1))
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
@@ -130,7 +132,7 @@ def test_a_trained_retriever_is_taken_as_it_is(mini: Path, in_folder: Path) -> N
         assert (stage["steps"], stage["stopped"]) == (0, "given")
         again = quick_start.load(Path(result["run_dir"]))
         assert again["test"] == pytest.approx(result["test"], abs=1e-9)
-        with pytest.raises(UserError, match=r"retriever_from: the weights in .* other sizes"):
+        with pytest.raises(UserError, match=r"retriever_from: the weights in .* of another model"):
             quick_start.run("PRIME", "mini", overrides={**keys, "hidden_size": 32})
 
 
@@ -157,5 +159,5 @@ def test_a_trained_ranker_is_taken_as_it_is(mini: Path, in_folder: Path) -> None
 
 def test_a_run_that_has_no_such_stage_is_told(mini: Path, in_folder: Path) -> None:
     keys = {**SMALL, "data_path": str(mini), "retriever_from": "nowhere"}
-    with pytest.raises(UserError, match="nowhere/retriever/best holds no whole checkpoint"):
+    with pytest.raises(UserError, match="retriever_from: nowhere is no run"):
         quick_start.run("PRIME", "mini", overrides=keys)

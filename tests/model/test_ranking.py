@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recbole_mm.data.sequences import UserSequences
 from recbole_mm.errors import UserError
 from recbole_mm.model.layers.ranking import (
     ALPHAS,
@@ -35,6 +36,10 @@ def sequences(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(1, offsets[-1] + 1), offsets
 
 
+def of(items: np.ndarray, offsets: np.ndarray) -> UserSequences:
+    return UserSequences(items, 7 + np.arange(len(offsets) - 1), offsets)
+
+
 def naive_samples(items: np.ndarray, offsets: np.ndarray) -> list[tuple[list[int], int]]:
     """The rule, spelt out: fewer than 5 items are one sample, n items the prefixes of 5 to n."""
     found = []
@@ -55,7 +60,7 @@ def naive_samples(items: np.ndarray, offsets: np.ndarray) -> list[tuple[list[int
 )
 def test_samples_follow_the_rule(lengths: list[int]) -> None:
     items, offsets = sequences(lengths)
-    samples = prefix_samples(items, offsets)
+    samples = prefix_samples(of(items, offsets))
     expected = naive_samples(items, offsets)
     assert len(samples) == len(expected)
     for row, (history, label) in enumerate(expected):
@@ -66,7 +71,7 @@ def test_samples_follow_the_rule(lengths: list[int]) -> None:
 @given(st.lists(st.integers(0, 12), max_size=15))
 def test_samples_follow_the_rule_for_any_lengths(lengths: list[int]) -> None:
     items, offsets = sequences(lengths)
-    samples = prefix_samples(items, offsets)
+    samples = prefix_samples(of(items, offsets))
     expected = naive_samples(items, offsets)
     assert len(samples) == len(expected) == sum(max(n - 4, 1) for n in lengths if n >= 2)
     assert [samples.history(row, 1000).tolist() for row in range(len(samples))] == [
@@ -76,12 +81,13 @@ def test_samples_follow_the_rule_for_any_lengths(lengths: list[int]) -> None:
 
 def test_a_history_is_the_newest_items_and_never_another_users() -> None:
     items, offsets = sequences([3, 8])
-    samples = prefix_samples(items, offsets)
+    samples = prefix_samples(of(items, offsets))
     last = len(samples) - 1
     assert samples.labels(np.array([last])).tolist() == [11]
     assert samples.history(last, 3).tolist() == [8, 9, 10]
     assert samples.history(last, 100).tolist() == [4, 5, 6, 7, 8, 9, 10]
     assert samples.history(0, 2).tolist() == [1, 2]
+    assert samples.users.tolist() == [7, *[8] * last]
 
 
 def test_real_beauty_has_82869_samples(shared_data: Path) -> None:
@@ -90,7 +96,7 @@ def test_real_beauty_has_82869_samples(shared_data: Path) -> None:
     users = [[int(item) for item in line.split("\t")[2].split()][:-2] for line in lines]
     assert len(users) == 22_363
     offsets = np.concatenate([[0], np.cumsum([len(user) for user in users])])
-    samples = prefix_samples(np.concatenate([np.array(user) for user in users]), offsets)
+    samples = prefix_samples(of(np.concatenate([np.array(user) for user in users]), offsets))
     assert len(samples) == 82_869
 
 

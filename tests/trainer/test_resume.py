@@ -99,7 +99,7 @@ def test_killed_and_resumed_equals_uninterrupted(
         said = resumed["stages"]["preference"]
         assert said["ranker_calls"] == expected["stages"]["preference"]["ranker_calls"] > 0
         assert said["retrieval_rate"] == said["after"]["retrieval_rate"]
-        assert {*said["before"]} == {*said["after"]} == {"retrieval_rate", "recall@10", "ndcg@10"}
+        assert {*said["before"]} == {*said["after"]} == {"retrieval_rate", "recall@6", "ndcg@6"}
 
 
 def test_a_finished_run_evaluates_again_in_a_fresh_process(tmp_path: Path) -> None:

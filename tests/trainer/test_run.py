@@ -86,6 +86,28 @@ def test_resume_takes_the_same_configuration_only(tmp_path: Path) -> None:
     assert earlier_run(settings(tmp_path), False, []) is None
 
 
+def test_resume_never_takes_a_finished_run_whatever_stages_are_asked_for(tmp_path: Path) -> None:
+    killed = started(tmp_path, ("retriever",))
+    finished = started(tmp_path, ("retriever", "ranker"), finished=True)
+    found = {resume: earlier_run(settings(tmp_path), resume, ["retriever"]) for resume in (0, 1)}
+    assert found[1] is not None
+    assert found[1].folder == killed.folder
+    finished.state["status"] = "running"
+    for run in (killed, finished):
+        run.finish()
+    with pytest.raises(UserError, match="no unfinished run of this configuration has finished ret"):
+        earlier_run(settings(tmp_path), True, ["retriever"])
+
+
+def test_a_run_of_another_dataset_is_never_named(tmp_path: Path) -> None:
+    """`d-more` begins like `d`, and sorts behind it."""
+    older = started(tmp_path)
+    Run.start(tmp_path, Settings(settings(tmp_path), dataset="d-more", size=3))
+    with pytest.raises(UserError) as told:
+        earlier_run(settings(tmp_path, size=2), True, [])
+    assert f"the newest, {older.folder}, differs: size was 1 and is 2" in str(told.value)
+
+
 def test_a_damaged_run_is_passed_over(tmp_path: Path) -> None:
     whole, damaged = started(tmp_path), started(tmp_path)
     (damaged.folder / "state.json").write_text("{")

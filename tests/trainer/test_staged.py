@@ -201,11 +201,6 @@ def test_an_infinite_loss_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         fit(tmp_path, toy)
 
 
-def test_a_stage_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'third' is no stage of Toy"):
-        fit(tmp_path, stages=["third"])
-
-
 def test_settings_fall_back_to_the_plain_key() -> None:
     config = Settings(
         epochs=10, learning_rate=0.1, ranker_learning_rate=0.2, ranker_epochs=20, stopping_step=3,

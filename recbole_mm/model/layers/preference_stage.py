@@ -22,8 +22,8 @@ from recbole_mm.model.layers.preference import (
     preferred_first,
 )
 from recbole_mm.model.layers.ranker_stage import RankedStage
-from recbole_mm.model.layers.retriever_stage import groups_of
-from recbole_mm.stage import StageContext, StageSettings
+from recbole_mm.model.layers.retriever_stage import groups_of, prefix_scores
+from recbole_mm.stage import StageContext, StageSettings, UnfitWeightsError, fill
 
 Ints = NDArray[np.int64]
 LABELERS = ("ranker", "truth", "random", "none")
@@ -171,35 +171,36 @@ class PreferenceStage(RankedStage):
 
     # --- the loss -----------------------------------------------------------------------
     def loss(self, batch: PreferenceBatch) -> Tensor:
-        """Cross entropy + beta x odds-ratio loss, both means over positions (eq. 8). Shape: ()."""
+        """Cross entropy + beta x odds-ratio loss (eq. 8): means over positions and over pairs.
+
+        Shape: ().
+        """
         model = self.model
         fields = WholeFields(model.USER_ID, model.ITEM_SEQ, model.ITEM_SEQ_LEN)
         rows = collate(self.rows, batch.rows, fields).to(model.device)
-        item_seq, targets = rows[model.ITEM_SEQ], rows[TARGETS]
-        pairs = self._pairs(item_seq, targets, torch.Generator().manual_seed(batch.seed))
-        log_p = self._scores(item_seq, targets).log_softmax(dim=1)  # (N, V)
-        loss = F.nll_loss(log_p, targets[targets > 0])
+        pairs = self._pairs(rows, torch.Generator().manual_seed(batch.seed))
+        log_p = self._scores(rows).log_softmax(dim=1)  # (N, V)
+        loss = F.nll_loss(log_p, rows[TARGETS][rows[TARGETS] > 0])
         if pairs is None:
             return loss
         winner, loser = (log_p[pairs.at].gather(1, sets) for sets in (pairs.winner, pairs.loser))
         return loss + self.how.beta * odds_ratio_loss(winner, loser, self.how.set_prob)
 
-    def _scores(self, item_seq: Tensor, targets: Tensor) -> Tensor:
+    def _scores(self, rows: Interaction) -> Tensor:
         """The policy's scores of all items after every position with a target. Shape: (N, V).
 
         A causal model gives them in one pass; any other reads each prefix as a row of its own.
         """
-        policy = self.policy
+        policy, item_seq, targets = self.policy, rows[self.policy.ITEM_SEQ], rows[TARGETS]
         if hasattr(policy, "scores_at"):
             scores: Tensor = policy.scores_at(item_seq, targets > 0)
             return scores
         positions = positions_of(item_seq, targets)
-        rows = {policy.ITEM_SEQ: positions.seen, policy.ITEM_SEQ_LEN: positions.lengths}
-        scores = policy.full_sort_predict(Interaction(rows).to(policy.device))
-        return scores.view(len(positions.lengths), -1)
+        owners = rows[policy.USER_ID].repeat_interleave((targets > 0).sum(dim=1))  # (N,)
+        return prefix_scores(policy, owners, positions.seen, positions.lengths)
 
     @torch.no_grad()
-    def _pairs(self, item_seq: Tensor, targets: Tensor, generator: torch.Generator) -> Pairs | None:
+    def _pairs(self, rows: Interaction, generator: torch.Generator) -> Pairs | None:
         """Draws two sets at every position and says which is preferred; None: cross entropy only.
 
         The policy draws as it is used, without dropout.
@@ -207,9 +208,9 @@ class PreferenceStage(RankedStage):
         if self.how.labeler == "none" or self.how.beta == 0:
             return None
         self.policy.eval()
-        scores = self._scores(item_seq, targets)  # (N, V)
+        scores = self._scores(rows)  # (N, V)
         self.policy.train()
-        positions = positions_of(item_seq, targets)
+        positions = positions_of(rows[self.policy.ITEM_SEQ], rows[TARGETS])
         sets = self._draw(scores, positions, generator)  # (N, 2, K)
         first, at = self._preferred(scores, positions, sets, generator)
         first, sets = first[at], sets[at]
@@ -288,8 +289,12 @@ class PreferenceStage(RankedStage):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes back what `state` gave; the best weights are older than the count of all calls."""
         weights = dict(state)
-        self.ranker_calls = max(self.ranker_calls, int(weights.pop(_CALLS)))
-        self.policy.load_state_dict(weights)
+        calls = weights.pop(_CALLS, None)
+        if calls is None:
+            raise UnfitWeightsError("they are of no preference optimisation")
+        fill(self.policy, weights)
+        if self.settings.weights_from is None:  # else another run's, which this one did not make
+            self.ranker_calls = max(self.ranker_calls, int(calls))
 
 
 def _without(sets: Tensor, targets: Tensor) -> Tensor:

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from recbole.data.interaction import Interaction
 from torch import Tensor
 
 from recbole_mm.data.sequences import epoch_plan
-from recbole_mm.errors import UserError
 from recbole_mm.model.layers.ranking import (
     NegativeSampler,
     choose_alpha,
@@ -22,7 +20,8 @@ from recbole_mm.model.layers.ranking import (
     ndcg,
     prefix_samples,
 )
-from recbole_mm.stage import Stage, StageContext, StageSettings
+from recbole_mm.model.layers.retriever_stage import prefix_scores
+from recbole_mm.stage import Stage, StageContext, StageSettings, UnfitWeightsError
 
 Ints = NDArray[np.int64]
 _FINGERPRINT = "tokenizer_fingerprint"
@@ -63,15 +62,17 @@ class RankedStage(Stage):
         return torch.cat(rows), torch.cat(candidates), torch.cat(best)
 
     def retrieval(self, context: StageContext) -> dict[str, float]:
-        """Of all validation users: how often the target is retrieved, recall@10 and ndcg@10."""
+        """Of all validation users: how often the target is retrieved, and recall and ndcg at 10, or
+        at K where that is less, in the candidates' own order."""
         rows, candidates, _ = self.hits(context)
         places = self._places(context, rows, candidates)
         share = len(rows) / max(1, len(context.valid))
+        k = min(10, candidates.shape[1])
         order = -torch.arange(candidates.shape[1], dtype=torch.float32).expand(candidates.shape)
         return {
             "retrieval_rate": round(share, 6),
-            "recall@10": round(int((places < 10).sum()) / max(1, len(context.valid)), 6),
-            "ndcg@10": round(ndcg(order, places.cpu()) * share, 6),
+            f"recall@{k}": round(int((places < k).sum()) / max(1, len(context.valid)), 6),
+            f"ndcg@{k}": round(ndcg(order, places.cpu(), k) * share, 6),
         }
 
     def _places(self, context: StageContext, rows: Tensor, candidates: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ class RankerStage(RankedStage):
         super().__init__(name, model.the_ranker(), settings)
         self.model, self.ranker = model, model.the_ranker()
         sequences = train_dataset.train_sequences
-        self.samples = prefix_samples(sequences.items, sequences.offsets)
+        self.samples = prefix_samples(sequences)
         self.sampler = NegativeSampler(
             item_counts(sequences.items, model.n_items),
             model.neg_source,
@@ -161,10 +162,9 @@ class RankerStage(RankedStage):
         for row, history in zip(rows, histories, strict=True):
             row[: len(history)] = history
         lengths = torch.tensor([len(history) for history in histories])
-        batch = {model.ITEM_SEQ: torch.from_numpy(rows), model.ITEM_SEQ_LEN: lengths}
+        users = torch.from_numpy(self.samples.users[samples])
         model.retriever.eval()
-        scores: Tensor = model.retriever.full_sort_predict(Interaction(batch).to(model.device))
-        return scores
+        return prefix_scores(model.retriever, users, torch.from_numpy(rows), lengths)
 
     # --- validation ----------------------------------------------------------------------
     def valid_rows(self, context: StageContext) -> Tensor | None:
@@ -192,20 +192,17 @@ class RankerStage(RankedStage):
         """Takes back what `state` gave.
 
         Raises:
-            UserError: it belongs to another backbone, or to another text of the dataset.
+            UnfitWeightsError: they belong to another backbone, or to other texts of the items.
         """
         own = self.state()
         mark = state.get(_FINGERPRINT)
         if mark is None or not torch.equal(mark.cpu(), own[_FINGERPRINT]):
-            raise UserError(
-                "The ranker's checkpoint was made with another tokenizer (another backbone, other "
-                "item texts or other attributes): train the stage again with --stages=ranker."
+            raise UnfitWeightsError(
+                "they were made with another tokenizer (another backbone, other item texts or "
+                "other attributes)"
             )
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
-            raise UserError(
-                "The ranker's checkpoint does not fit this backbone: train the stage again with "
-                "--stages=ranker."
-            )
+            raise UnfitWeightsError("they do not fit this backbone")
         with torch.no_grad():
             for name, parameter in self._trained().items():
                 parameter.copy_(state[name])

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from recbole_mm.data.sequences import UserSequences
 from recbole_mm.errors import UserError
 
 Ints = NDArray[np.int64]
@@ -30,11 +31,13 @@ class PrefixSamples:
         items: all users' items, one behind the other. Shape: (N,).
         begin: first item of each sample, a place in `items`. Shape: (S,).
         end: its label, a place in `items`. Shape: (S,).
+        users: the user id of each sample. Shape: (S,).
     """
 
     items: Ints
     begin: Ints
     end: Ints
+    users: Ints
 
     def __len__(self) -> int:
         return len(self.begin)
@@ -49,21 +52,21 @@ class PrefixSamples:
         return self.items[self.end[samples]]
 
 
-def prefix_samples(items: Ints, offsets: Ints) -> PrefixSamples:
+def prefix_samples(sequences: UserSequences) -> PrefixSamples:
     """PRIME's samples: a user of fewer than 5 items gives one, of n items the prefixes of 5 to n.
 
     Args:
-        items: all users' training items, oldest first within a user. Shape: (N,).
-        offsets: user i has ``items[offsets[i]:offsets[i + 1]]``. Shape: (U + 1,).
+        sequences: all users' training items.
     """
-    first, after = offsets[:-1], offsets[1:]
+    first, after = sequences.offsets[:-1], sequences.offsets[1:]
     lengths = after - first
     usable = lengths >= 2  # one item leaves nothing to go by
     first, after, lengths = first[usable], after[usable], lengths[usable]
     counts = np.maximum(lengths - SHORT + 1, 1)
     begin = np.repeat(first, counts)
     back = np.repeat(np.cumsum(counts), counts) - 1 - np.arange(counts.sum())
-    return PrefixSamples(items, begin, np.repeat(after, counts) - 1 - back)
+    users = np.repeat(sequences.users[usable], counts)
+    return PrefixSamples(sequences.items, begin, np.repeat(after, counts) - 1 - back, users)
 
 
 def item_counts(items: Ints, n_items: int) -> Ints:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 from torch import Tensor
+from torch.nn import functional as F
 
 from recbole_mm.data.sequences import (
     Ints,
@@ -99,3 +100,21 @@ def groups_of(model: Any, weight_decay: float) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = own(weight_decay)
         return groups
     return [{"params": [p for p in model.parameters() if p.requires_grad]}]
+
+
+def prefix_scores(model: Any, users: Tensor, seen: Tensor, lengths: Tensor) -> Tensor:
+    """A sequential model's scores of all items after some histories, each a row of its own.
+
+    Args:
+        model: any of RecBole's or ours.
+        users: whose histories; some models have a vector a user. Shape: (N,).
+        seen: right-padded with 0, at most the model's `max_seq_length` long. Shape: (N, L).
+        lengths: shape (N,).
+
+    Returns:
+        Shape: (N, V).
+    """
+    seen = F.pad(seen, (0, model.max_seq_length - seen.shape[1]))  # Caser's filters need it all
+    rows = {model.USER_ID: users, model.ITEM_SEQ: seen, model.ITEM_SEQ_LEN: lengths}
+    scores: Tensor = model.full_sort_predict(Interaction(rows).to(model.device))
+    return scores.view(len(seen), -1)
