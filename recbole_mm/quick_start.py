@@ -3,25 +3,19 @@ calls."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from recbole_mm import compat, registry
+from recbole_mm import compat, machine, registry
 from recbole_mm.config import VOLATILE_KEYS, MMConfig, parse_value
 from recbole_mm.errors import UserError, nearest
+from recbole_mm.report.places import PLACES, write_places
 from recbole_mm.trainer.checkpoint import write_json
 from recbole_mm.trainer.run import Run, check_given, check_same, earlier_run, newest_run
 
@@ -37,8 +31,6 @@ _RANKER_AT_WORK = (
 EVALUATION_KEYS = frozenset([*_MEASURES, *_RANKER_AT_WORK])
 _NOT_WHEN_LOADED = ("stages", "config_files")
 DEMOS = ("mm-demo", "mm-demo-permuted")  # made on first use
-_CLEAR_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-_PACKAGES = ("torch", "numpy", "pandas", "recbole", "transformers", "peft", "bitsandbytes")
 
 
 @dataclass
@@ -196,7 +188,7 @@ def _work(
     if place is not None and train:
         place.require_done(_earlier_stages(config))
     started = time.perf_counter()
-    _reset_peak_memory(config["device"])
+    machine.reset_peak_memory(config["device"])
     _start_logging(config)
     logger = getLogger()
     for warning in config.warnings:
@@ -213,8 +205,10 @@ def _work(
     logger.info(f"Run folder: {place.folder}")
     logger.info(model)
     rows, trainer = (_staged if is_staged(model) else _zoo)(config, model, data, place, train)
+    places = {row["name"]: row.pop("places") for row in rows}
     result = _result(config, place, model, data, trainer, rows, time.perf_counter() - started)
     if train:
+        write_places(place.folder / PLACES, data.dataset, places)
         write_json(place.folder / "result.json", result)
         place.finish()
     logger.info(f"Run folder: {place.folder}")
@@ -352,6 +346,7 @@ def _measure(trainer: Any, data: Data, readout: Any) -> dict[str, Any]:
             every_protocol=True,
         )
         row[f"{phase}_protocols"] = trainer.all_results
+    row["places"] = trainer.places  # of the test, the last that was measured
     return row
 
 
@@ -408,13 +403,13 @@ def _result(
         "rows": rows if len(rows) > 1 else [],
         "fusion_alpha": chosen.get("fusion_alpha"),
         "seconds": round(seconds, 2),
-        "peak_memory_mb": _peak_memory_mb(config["device"]),
+        "peak_memory_mb": machine.peak_memory_mb(config["device"]),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "device": _device_name(config["device"]),
+        "device": machine.device_name(config["device"]),
         "config_hash": config.hash(),
         "config": config.settings(),
-        "versions": _versions(),
-        "git_commit": _git_commit(),
+        "versions": machine.versions(),
+        "git_commit": machine.git_commit(),
     }
 
 
@@ -432,53 +427,6 @@ def _stages(place: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if row:
             entry.update(valid=row["valid"], test=row["test"])
     return stages
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    """Several models run in one process: each is to have its own peak."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):  # Linux alone can forget the peak of a process
-        _CLEAR_PEAK.write_text("5", encoding="ascii")
-
-
-def _peak_memory_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    with suppress(OSError, StopIteration):
-        lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
-        peak = next(line for line in lines if line.startswith("VmHWM:"))
-        return round(int(peak.split()[1]) / 2**10, 1)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
-    return round(most / (2**20 if sys.platform == "darwin" else 2**10), 1)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"cpu ({torch.get_num_threads()} threads, {platform.machine()})"
-
-
-def _versions() -> dict[str, str]:
-    from recbole_mm import __version__
-
-    found = {"recbole_mm": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout this package runs from, if it runs from one."""
-    here = Path(__file__).resolve().parent.parent
-    if not (here / ".git").exists():
-        return None
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]  # a fixed command
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    return done.stdout.strip() or None
 
 
 def write_results(path: str, results: list[dict[str, Any]]) -> None:

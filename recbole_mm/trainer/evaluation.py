@@ -22,9 +22,8 @@ from tqdm import tqdm
 from recbole_mm.data.candidates import candidate_metrics
 
 Result = dict[str, float]
-_ROWS_AT_ONCE = (
-    1 << 12
-)  # (user, item) pairs given to a model that only scores pairs: DIN's take much
+# (user, item) pairs given to a model that only scores pairs: DIN's take much.
+_ROWS_AT_ONCE = 1 << 12
 
 
 class _Collector(Collector):  # type: ignore[misc]
@@ -41,7 +40,14 @@ class _Collector(Collector):  # type: ignore[misc]
 
 class FullRanking:
     """RecBole's own collector and evaluator over all items; optionally without the user's
-    history."""
+    history.
+
+    Attributes:
+        places: of each row's target in its list, 1 is the top and 0 beyond the longest `topk`; None
+            where rows have several targets, or before `result`. Shape: (rows,).
+    """
+
+    places: Tensor | None = None
 
     def __init__(self, config: Any, masked: bool) -> None:
         self.masked = masked
@@ -58,12 +64,28 @@ class FullRanking:
 
     def result(self) -> Result:
         """The metrics over all users."""
-        metrics = self.evaluator.evaluate(self.collector.get_data_struct())
+        collected = self.collector.get_data_struct()
+        self.places = _places(collected.get("rec.topk")) if "rec.topk" in collected else None
+        metrics = self.evaluator.evaluate(collected)
         return {name: float(value) for name, value in metrics.items()}
 
 
+def _places(topk: Tensor) -> Tensor | None:
+    """From RecBole's 0/1 matrix of hits, its last column the number of targets. (N, k + 1)."""
+    hits, targets = topk[:, :-1], topk[:, -1]
+    if (targets != 1).any():
+        return None
+    return torch.where(hits.any(dim=1), hits.argmax(dim=1) + 1, 0)
+
+
 class CandidateRanking:
-    """The target among the loader's fixed candidates, ties counted half."""
+    """The target among the loader's fixed candidates, ties counted half.
+
+    Attributes:
+        places: of each row's target among its candidates, 1 is the top. Shape: (rows,).
+    """
+
+    places: Tensor | None = None
 
     def __init__(self, config: Any) -> None:
         self.metrics, self.topk = config["metrics"], config["topk"]
@@ -80,7 +102,8 @@ class CandidateRanking:
 
     def result(self) -> Result:
         """The metrics over all users."""
-        metrics, _ = candidate_metrics(torch.cat(self.scores), self.topk, self.metrics)
+        scores = torch.cat(self.scores)
+        metrics, self.places = candidate_metrics(scores, self.topk, self.metrics)
         return {name: round(float(value), self.digits) for name, value in metrics.items()}
 
 
@@ -104,6 +127,7 @@ class EvaluationMixin:
     model: Any
     device: Any
     all_results: dict[str, Result]
+    places: tuple[Tensor, Tensor] | None  # users (rows,) and their targets' places, see FullRanking
 
     def data_collect(self, train_data: Any) -> None:
         """Keeps what metrics beyond accuracy need of the training data."""
@@ -151,11 +175,15 @@ class EvaluationMixin:
             desc=set_color(name, "pink"),
             disable=not show_progress,
         )
+        users = []
         for batch in bar:
+            users.append(batch[0][eval_data._dataset.uid_field])
             scores = self._scores(batch[0], eval_data)
             for reader in readers.values():
                 reader.add(scores, batch, eval_data)
         self.all_results = {protocol: reader.result() for protocol, reader in readers.items()}
+        found = readers[self.config.protocol].places
+        self.places = None if found is None else (torch.cat(users), found)
         return self.all_results[self.config.protocol]
 
     def _readers(self, eval_data: Any, every_protocol: bool) -> dict[str, Any]:

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from recbole_mm import quick_start
 from recbole_mm.config import MMConfig
 from recbole_mm.errors import UserError
+from recbole_mm.report.places import read_places, values
 from recbole_mm.trainer.run import Run
 from tests.model.prime_world import SMALL
 
@@ -70,6 +72,15 @@ def test_the_records_of_stages_are_their_own(mini: Path, in_folder: Path) -> Non
     for name in ("retriever", "ranker"):
         assert alone["stages"][name]["test"] == both["stages"][name]["test"]
     assert both["stages"]["ranker"]["test"] != both["stages"]["retriever"]["test"]
+
+
+def test_the_places_of_targets_are_those_of_every_row(mini: Path, in_folder: Path) -> None:
+    result = run(mini, stages=["retriever", "ranker"])
+    for row in result["rows"]:
+        places = np.array([*read_places(f"{result['run_dir']}:{row['name']}").values()])
+        assert values(places, "ndcg@10").mean() == pytest.approx(row["test"]["ndcg@10"], abs=1e-6)
+    chosen = next(row["name"] for row in result["rows"] if row["chosen"])
+    assert read_places(result["run_dir"]) == read_places(f"{result['run_dir']}:{chosen}")
 
 
 def test_weights_of_an_unfinished_stage_are_refused(retrieved: dict[str, Any], mini: Path) -> None:
