@@ -1,6 +1,6 @@
 """The families of models that can be a backbone, by the name that a description gives them."""
 
-from recbole_mm.backbone.families.base import POOLINGS, Family, PictureSettings, Pixels
+from recbole_mm.backbone.families.base import POOLINGS, Family, Grid, PictureSettings, Pixels
 from recbole_mm.backbone.families.causal_lm import CausalLM
 from recbole_mm.backbone.families.idefics3 import Idefics3
 from recbole_mm.backbone.families.llava import Llava
@@ -14,4 +14,4 @@ FAMILIES: dict[str, type[Family]] = {
     "causal_lm": CausalLM,
 }
 
-__all__ = ["FAMILIES", "POOLINGS", "Family", "PictureSettings", "Pixels"]
+__all__ = ["FAMILIES", "POOLINGS", "Family", "Grid", "PictureSettings", "Pixels"]
