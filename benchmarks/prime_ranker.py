@@ -34,10 +34,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recbole_mm.backbone.batch import collate
+from recbole_mm.backbone.families.qwen import Qwen2VL
 from recbole_mm.backbone.load import Backbone, BackboneSpec
 from recbole_mm.backbone.prompt import PromptStyle, PromptWriter
 from recbole_mm.backbone.ranker import LetterRanker
-from recbole_mm.backbone.tiny import TinySizes, build_qwen2_vl, train_tokenizer
+from recbole_mm.backbone.tiny import TinySizes, build, train_tokenizer
 from recbole_mm.backbone.verbalizer import Verbalizer
 from recbole_mm.backbone.vision import ItemImages
 
@@ -94,9 +95,9 @@ def ranker_of(shop: Shop, args: argparse.Namespace, frozen: bool = True) -> Lett
     sizes = SIZES[args.sizes]
     texts = [value for line in shop.lines.values() for value in line.values()]
     tokenizer = train_tokenizer(
-        [*texts, " ".join(shop.words)], STYLE.fixed_text(), sizes.vocab_size
+        Qwen2VL, [*texts, " ".join(shop.words)], STYLE.fixed_text(), sizes.vocab_size
     )
-    model = build_qwen2_vl(sizes, tokenizer, 0, "sdpa")
+    model = build(Qwen2VL, sizes, tokenizer, 0, "sdpa")
     if sizes.vocab_size > len(tokenizer):
         model.resize_token_embeddings(sizes.vocab_size)
     model.to(args.device, getattr(torch, args.dtype)).requires_grad_(False)

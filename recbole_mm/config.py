@@ -297,7 +297,8 @@ class MMConfig(Config):
         return {}  # our command line hands its flags over as `overrides`
 
     def _get_model_and_dataset(self, model: str, dataset: str) -> tuple[str, type, str]:
-        return super()._get_model_and_dataset(get_model(model), dataset)
+        model_class = get_model(model)
+        return model, *super()._get_model_and_dataset(model_class, dataset)[1:]
 
     def _load_internal_config_dict(self, model: str, model_class: Any, dataset: str) -> None:
         super()._load_internal_config_dict(model, model_class, dataset)
@@ -306,7 +307,8 @@ class MMConfig(Config):
         dataset_file = property_file("dataset", dataset)
         dataset_yaml = self._for_this_model(dataset_file) if dataset_file else {}
         self._lay_inner(model, model_class, dataset_yaml)
-        self._lay(property_file("model", model))
+        for name in dict.fromkeys((model_class.__name__, model)):  # two where it is an alias
+            self._lay(property_file("model", name))
         self._lay_backbone(dataset_yaml)
         self._lay(dataset_file)
         self._suit_model_type(model_class, recbole_own)
@@ -438,7 +440,8 @@ def resolve_backbone(name: str, default: str) -> tuple[dict[str, Any], dict[str,
 
     Args:
         name: a file of `properties/backbone/`, `tiny` (the tiny form of the model's own default
-            family), `tiny-FAMILY`, or a local folder with weights of the default's family.
+            family), `tiny-NAME` with a file's name or its beginning (`tiny-llava`), or a local
+            folder with weights of the family that its `config.json` names, else the default's.
         default: the model's own backbone, from its YAML.
 
     Returns:
@@ -450,15 +453,18 @@ def resolve_backbone(name: str, default: str) -> tuple[dict[str, Any], dict[str,
     """
     is_tiny = name == "tiny" or name.startswith("tiny-")
     is_folder = not is_tiny and property_file("backbone", name) is None and Path(name).is_dir()
-    base = (
-        default if name == "tiny" or is_folder else name.removeprefix("tiny-") if is_tiny else name
-    )
-    path = property_file("backbone", base)
+    if name == "tiny":
+        path = property_file("backbone", default)
+    elif is_folder:
+        path = _file_of_folder(Path(name), default)
+    else:
+        path = _tiny_file(name) if is_tiny else property_file("backbone", name)
     if path is None:
-        known = sorted(p.stem for p in (properties_dir() / "backbone").glob("*.yaml"))
+        known = _backbones()
+        names = ["tiny", *known, *(f"tiny-{stem.partition('-')[0]}" for stem in known)]
         raise UserError(
-            f"--backbone: there is no backbone '{name}'{nearest(name, ['tiny', *known])}; "
-            f"known are tiny, {', '.join(known)} and any local folder."
+            f"--backbone: there is no backbone '{name}'{nearest(name, names)}; "
+            f"known are tiny, tiny-NAME (tiny-llava), {', '.join(known)} and any local folder."
         )
     spec = read_yaml(path)
     tiny = dict(spec.pop("tiny", None) or {})
@@ -468,3 +474,23 @@ def resolve_backbone(name: str, default: str) -> tuple[dict[str, Any], dict[str,
     if is_folder:
         spec["model"] = name
     return spec, {**settings, **(tiny_settings if is_tiny else {})}
+
+
+def _backbones() -> list[str]:
+    """Names of the files of `properties/backbone/`."""
+    return sorted(path.stem for path in (properties_dir() / "backbone").glob("*.yaml"))
+
+
+def _tiny_file(name: str) -> Path | None:
+    """The file whose tiny form `tiny-NAME` is: the first that is called so or begins so."""
+    wanted = name.removeprefix("tiny-")
+    stem = next((s for s in _backbones() if s == wanted or s.startswith(f"{wanted}-")), None)
+    return None if stem is None else property_file("backbone", stem)
+
+
+def _file_of_folder(folder: Path, default: str) -> Path | None:
+    """The file of the family that a folder's weights are of, as far as it says."""
+    config = folder / "config.json"
+    family = read_yaml(config).get("model_type") if config.is_file() else None
+    files = [property_file("backbone", stem) for stem in (default, *_backbones())]
+    return next((f for f in files if f and read_yaml(f)["family"] == family), files[0])

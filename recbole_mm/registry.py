@@ -13,6 +13,7 @@ from recbole_mm.errors import UserError, nearest
 MODELS = {
     "FMLPRec": "recbole_mm.model.fmlprec:FMLPRec",
     "LRURec": "recbole_mm.model.lrurec:LRURec",
+    "LlamaRec": "recbole_mm.model.prime:PRIME",  # an alias: its YAML stands above PRIME's
     "PRIME": "recbole_mm.model.prime:PRIME",
 }
 
@@ -33,6 +34,7 @@ MENDED: dict[str, str] = {
 
 TRAINERS = {
     "LRURec": "recbole_mm.trainer.staged:StagedTrainer",
+    "LlamaRec": "recbole_mm.trainer.staged:StagedTrainer",
     "PRIME": "recbole_mm.trainer.staged:StagedTrainer",
     "RaCT": "recbole_mm.trainer.special:PhasedTrainer",
     "RecVAE": "recbole_mm.trainer.special:RecVAETrainer",

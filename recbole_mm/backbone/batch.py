@@ -57,6 +57,10 @@ def collate(prompts: Sequence[Prompt], pad_id: int, left: bool = False) -> Promp
     for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
         ids[row, start : start + len(prompt)] = prompt.ids
         positions[:, row, start : start + len(prompt)] = prompt.positions
+        # Padding behind a prompt counts on: positions that began anew would be read as another
+        # prompt packed into the row, and attention would need a mask.
+        behind = T - start - len(prompt)
+        positions[:, row, start + len(prompt) :] = prompt.span + np.arange(behind)
     items, image_at, image_row = _slots(prompts, starts, T)
     return PromptBatch(
         torch.from_numpy(ids),

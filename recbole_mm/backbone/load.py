@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from recbole_mm.backbone.batch import PromptBatch, collate
-from recbole_mm.backbone.families import FAMILIES, Family
+from recbole_mm.backbone.families import FAMILIES, POOLINGS, Family, PictureSettings
 from recbole_mm.backbone.prompt import Fork, TextEncoder
-from recbole_mm.backbone.tiny import TinySizes, build_qwen2_vl, fingerprint, train_tokenizer
+from recbole_mm.backbone.tiny import TinySizes, build, fingerprint, train_tokenizer
 from recbole_mm.backbone.vision import FeatureLog, ItemImages
 from recbole_mm.errors import UserError, nearest
 
@@ -35,7 +35,9 @@ RUN_KEYS = (
     "attention",
     "min_pixels",
     "max_pixels",
+    "image_pooling",
     "gradient_checkpointing",
+    "lora_targets",
     "lora_r",
     "lora_alpha",
     "lora_dropout",
@@ -58,6 +60,8 @@ class BackboneSpec:
         attention: auto, sdpa, eager or flash_attention_2.
         min_pixels: smallest picture after resizing, in pixels.
         max_pixels: largest picture after resizing, in pixels.
+        image_pooling: all rows of a picture, or cls: one, see `PictureFamily`.
+        lora_targets: names of the language model's Linears that get adapters, or ``all``.
         lora_r: rank of the adapters; 0 trains no adapters but all weights.
         lora_alpha: their scale is alpha / r.
         lora_dropout: on their input.
@@ -69,12 +73,14 @@ class BackboneSpec:
     name: str
     family: str
     model: str
-    min_pixels: int
-    max_pixels: int
+    min_pixels: int = 56 * 56
+    max_pixels: int = 168 * 168
+    image_pooling: str = "all"
     revision: str | None = None
     dtype: str = "bfloat16"
     quantize: str = "none"
     attention: str = "auto"
+    lora_targets: Sequence[str] = ("all",)
     lora_r: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.05
@@ -101,10 +107,15 @@ class BackboneSpec:
             ("dtype", spec.dtype, _DTYPES),
             ("quantize", spec.quantize, _QUANTIZE),
             ("attention", spec.attention, _ATTENTION),
+            ("image_pooling", spec.image_pooling, POOLINGS),
         ):
             if value not in allowed:
                 raise UserError(f"{key} is '{value}': it is one of {', '.join(allowed)}.")
         return spec
+
+    def pictures(self) -> PictureSettings:
+        """How pictures are taken."""
+        return PictureSettings(self.min_pixels, self.max_pixels, self.image_pooling)
 
 
 class Backbone(nn.Module):
@@ -119,22 +130,29 @@ class Backbone(nn.Module):
         tokenizer_fingerprint: SHA-256 of what decides the ids of a text.
     """
 
-    def __init__(self, spec: BackboneSpec, model: nn.Module, tokenizer: Any) -> None:
+    def __init__(self, spec: BackboneSpec, model: Any, tokenizer: Any) -> None:
         super().__init__()
         self.name, self.spec, self.model = spec.name, spec, model
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer)
-        self.family: Family = FAMILIES[spec.family](tokenizer, spec.min_pixels, spec.max_pixels)
+        self.family: Family = FAMILIES[spec.family](tokenizer, model.config, spec.pictures())
         tower = self.family.vision_tower(model)
-        self.trains_vision = any(p.requires_grad for p in tower.parameters())
+        self.trains_vision = tower is not None and any(p.requires_grad for p in tower.parameters())
         self.tokenizer_fingerprint = fingerprint(tokenizer)
-        self.pad_id = int(tokenizer.pad_token_id)
+        pad = tokenizer.pad_token_id  # Llama has none; what stands in padding is never looked at
+        self.pad_id = int(tokenizer.eos_token_id if pad is None else pad)
 
     @property
     def head(self) -> nn.Module:
         """The language model head. (…, D) -> (…, vocabulary)."""
         model: Any = self.model
-        return model.lm_head
+        return model.get_output_embeddings()
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that it was made to read; None where its configuration does not say."""
+        model: Any = self.model
+        return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def device(self) -> torch.device:
@@ -142,14 +160,22 @@ class Backbone(nn.Module):
         return next(self.model.parameters()).device
 
     def vision_log(self, cache: Path) -> FeatureLog | None:
-        """Where a frozen tower's rows are kept below `cache`; None for a trained tower."""
-        if self.trains_vision:
-            return None
+        """Where a frozen tower's rows are kept below `cache`; None for a trained tower or none."""
         model: Any = self.model
+        tower = self.family.vision_tower(model)
+        if self.trains_vision or tower is None:
+            return None
         width = model.get_input_embeddings().weight.shape[1]
-        dtype = next(self.family.vision_tower(model).parameters()).dtype
+        dtype = next(tower.parameters()).dtype
         spec = self.spec
-        parts = [spec.model, spec.min_pixels, spec.max_pixels, str(dtype), width]
+        parts = [
+            spec.model,
+            spec.min_pixels,
+            spec.max_pixels,
+            spec.image_pooling,
+            str(dtype),
+            width,
+        ]
         if Path(spec.model).is_dir():
             files = sorted(Path(spec.model).resolve().glob("*.safetensors"))
             parts += [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
@@ -204,8 +230,9 @@ class Backbone(nn.Module):
         """One pass of the language model over a batch that is on its device."""
         language_model = self.family.language_model(self.model)
         keys = {"use_cache": False, **more}
+        positions = batch.positions.squeeze(0)  # (A, B, T), or (B, T) where there is one axis
         return language_model(
-            inputs_embeds=self._embed(batch, images), position_ids=batch.positions, **keys
+            inputs_embeds=self._embed(batch, images), position_ids=positions, **keys
         )
 
     def _embed(self, batch: PromptBatch, images: ItemImages) -> Tensor:
@@ -237,9 +264,11 @@ def load_backbone(
     if spec.is_tiny:
         sizes = TinySizes(**(spec.tiny or {}))
         family = FAMILIES[spec.family]
-        chat = re.sub(r"<\|\w+\|>", "", family.chat_head + family.chat_tail)
-        tokenizer = train_tokenizer(texts, [chat, *fixed], sizes.vocab_size)
-        return Backbone(spec, build_qwen2_vl(sizes, tokenizer, seed, _attention(spec)), tokenizer)
+        special = "|".join(map(re.escape, family.special_tokens))
+        chat = re.sub(special, "", family.chat_head + family.chat_tail)
+        tokenizer = train_tokenizer(family, texts, [chat, *fixed], sizes.vocab_size)
+        model = build(family, sizes, tokenizer, seed, _attention(spec))
+        return Backbone(spec, model, tokenizer)
     model, tokenizer = _pretrained(spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -271,7 +300,7 @@ def _attention(spec: BackboneSpec) -> str:
 
 def _pretrained(spec: BackboneSpec) -> tuple[Any, Any]:
     from safetensors import SafetensorError
-    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+    from transformers import AutoTokenizer
 
     where: dict[str, Any] = {
         "revision": spec.revision or "main",
@@ -284,13 +313,17 @@ def _pretrained(spec: BackboneSpec) -> tuple[Any, Any]:
     if spec.quantize == "nf4":
         settings["quantization_config"] = _nf4(spec)
     try:
-        model, found = Qwen2VLForConditionalGeneration.from_pretrained(
-            spec.model,
-            **where,
-            **settings,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+        model, found = (
+            FAMILIES[spec.family]
+            .model_class()
+            .from_pretrained(
+                spec.model,
+                **where,
+                **settings,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
         )
         # transformers fills these with random numbers
         if lost := [*found["missing_keys"], *found["mismatched_keys"]]:
@@ -337,7 +370,7 @@ def _nf4(spec: BackboneSpec) -> Any:
 
 
 def _adapt(model: Any, spec: BackboneSpec) -> None:
-    """Freezes the model and puts adapters on every Linear of the language model, in fp32."""
+    """Freezes the model and puts adapters on Linears of the language model, in fp32."""
     if spec.lora_r == 0:
         if spec.quantize != "none":
             raise UserError(
@@ -347,18 +380,12 @@ def _adapt(model: Any, spec: BackboneSpec) -> None:
     _require("peft")
     from peft import LoraConfig, inject_adapter_in_model
 
-    skipped = FAMILIES[spec.family].frozen_parts
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(skipped)
-    ]
     model.requires_grad_(False)
     config = LoraConfig(
         r=spec.lora_r,
         lora_alpha=int(spec.lora_alpha),
         lora_dropout=spec.lora_dropout,
-        target_modules=targets,
+        target_modules=_targets(model, spec),
         init_lora_weights="gaussian",
     )
     inject_adapter_in_model(config, model)
@@ -367,3 +394,22 @@ def _adapt(model: Any, spec: BackboneSpec) -> None:
             parameter.data = parameter.data.float()
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _targets(model: nn.Module, spec: BackboneSpec) -> list[str]:
+    """Paths of the Linears that get adapters."""
+    skipped = FAMILIES[spec.family].frozen_parts
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(skipped)
+    ]
+    names = {name.rpartition(".")[2] for name in linears}
+    wanted = names if list(spec.lora_targets) == ["all"] else set(spec.lora_targets)
+    if not wanted or (unknown := sorted(wanted - names)):
+        raise UserError(
+            f"lora_targets: the language model of backbone '{spec.name}' has no Linear "
+            f"{', '.join(unknown) if wanted else 'in an empty list'}: use all or some of "
+            f"{', '.join(sorted(names))}."
+        )
+    return [name for name in linears if name.rpartition(".")[2] in wanted]

@@ -117,20 +117,30 @@ def clean_text(text: str) -> str:
 
 
 class TextEncoder:
-    """Encodes trusted text (ours) and plain text (anyone's) with a Hugging Face fast tokenizer."""
+    """Encodes trusted text (ours) and plain text (anyone's) with a Hugging Face fast tokenizer.
+
+    Pieces are encoded as they stand in the middle of a text: tokenizers such as Llama's, which put
+    a space before whatever they are given, are given a line break first, whose tokens are dropped.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._reserved = frozenset(tokenizer.get_added_vocab().values())
+        line, letter, both = (self._encode(text) for text in ("\n", "a", "\na"))
+        self._before = "" if both == line + letter else "\n"
+        self._dropped = len(line) if self._before else 0
 
     def trusted(self, text: str) -> list[int]:
         """Token ids of our own text; special tokens written in it count as such."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return self._encode(self._before + text)[self._dropped :]
 
     def plain(self, text: str) -> list[int]:
         """Token ids of text from outside: no id of a special or added token can come out."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids = self._encode(self._before + text, split_special_tokens=True)[self._dropped :]
         return [token for token in ids if token not in self._reserved]
+
+    def _encode(self, text: str, **how: bool) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False, **how))
 
     def field(self, text: str, max_tokens: int) -> list[int]:
         """Token ids of one attribute's value inside JSON quotes, at most `max_tokens` of them."""

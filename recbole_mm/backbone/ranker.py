@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recbole_mm.backbone.batch import by_length, collate
+from recbole_mm.backbone.limits import check_context, check_sight
 from recbole_mm.backbone.load import Backbone, BackboneSpec, load_backbone
 from recbole_mm.backbone.prompt import Prompt, PromptStyle, PromptWriter, join, text_piece
 from recbole_mm.backbone.verbalizer import Verbalizer
@@ -163,6 +164,7 @@ class RankerSettings:
         style: what a prompt says.
         n_candidates: K; at most 26.
         supervise: see `LetterRanker`.
+        max_history: items of the history that a prompt shows, at most.
         max_tokens: padded tokens scored in one forward pass.
         cache: folder where a frozen tower's features are kept.
         seed: of a tiny backbone's weights and of new adapters.
@@ -170,6 +172,7 @@ class RankerSettings:
 
     style: PromptStyle
     n_candidates: int
+    max_history: int
     supervise: str
     max_tokens: int
     cache: Path
@@ -182,9 +185,11 @@ def build_ranker(
     """Loads a backbone and makes it a ranker of a dataset's items.
 
     Raises:
-        UserError: see `load_backbone`, `Verbalizer` and `LetterRanker`.
+        UserError: see `load_backbone`, `Verbalizer`, `LetterRanker`, `check_sight` and
+            `check_context`.
     """
     style = settings.style
+    check_sight(spec, style)
     columns = [name for name in style.attributes if name != "image"]
     items = range(1, len(content.item_tokens))
     texts = (content.text(item, name) for item in items for name in columns)
@@ -198,6 +203,7 @@ def build_ranker(
     )
     end = backbone.family.answer_end
     verbalizer = Verbalizer(backbone.encoder, settings.n_candidates, end)
+    check_context(backbone, style, verbalizer.letters, settings.max_history, content)
     writer = PromptWriter(
         backbone.encoder, backbone.family, style, content.text, images.piece, verbalizer.letters
     )

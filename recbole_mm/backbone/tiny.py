@@ -1,4 +1,4 @@
-"""The tiny form of a family: the same classes, two layers, a tokenizer of the dataset's own text.
+"""The tiny form of a family: the same model classes, two layers, a tokenizer of the dataset's text.
 
 It needs no network and is trained in full. It is there to try everything out, to test, and for data
 whose signal a small model can learn from scratch; it knows nothing of language or of pictures.
@@ -14,34 +14,22 @@ from typing import Any
 
 import torch
 
+from recbole_mm.backbone.families import Family
 from recbole_mm.backbone.prompt import clean_text
 
-# Qwen2-VL's special tokens, in its order.
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
 _FIXED_TEXT_WEIGHT = 1000  # times that fixed text counts, so that its words become single tokens
 # Of Gaussian weights. Wide layers take 0.02; at 128 wide that starves attention, and learning to
 # point at a line takes twice the steps.
 _INIT_STD = 0.08
+_CONTEXT = 32_768  # tokens, as Qwen2-VL's
 
 
 @dataclass(frozen=True)
 class TinySizes:
-    """Sizes of a tiny backbone; with the defaults 0.6 M parameters beside the vocabulary."""
+    """Sizes of a tiny backbone; with the defaults 0.6 M parameters beside the vocabulary.
+
+    `image_size` and `patch_size`, in pixels, are of towers that take squares alone.
+    """
 
     vocab_size: int = 2048
     hidden_size: int = 128
@@ -53,12 +41,49 @@ class TinySizes:
     vision_dim: int = 64
     vision_heads: int = 2
     vision_mlp_ratio: int = 2
+    image_size: int = 56
+    patch_size: int = 14
+
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of the weights at the start."""
+        return _INIT_STD
+
+    def language_model(self, tokenizer: Any) -> dict[str, Any]:
+        """The language model's part of a configuration, alike for all families."""
+        return {
+            "vocab_size": len(tokenizer),
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "max_position_embeddings": _CONTEXT,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "initializer_range": self.init_std,
+        }
+
+    def square_tower(self) -> dict[str, Any]:
+        """The configuration of a vision tower that takes squares."""
+        return {
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "hidden_size": self.vision_dim,
+            "intermediate_size": self.vision_dim * self.vision_mlp_ratio,
+            "num_hidden_layers": self.vision_depth,
+            "num_attention_heads": self.vision_heads,
+            "initializer_range": self.init_std,
+        }
 
 
-def train_tokenizer(texts: Iterable[str], fixed: Iterable[str], vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer of Qwen's class, with its pre-tokenisation and special tokens.
+def train_tokenizer(
+    family: type[Family], texts: Iterable[str], fixed: Iterable[str], vocab_size: int
+) -> Any:
+    """A byte-level BPE tokenizer of Qwen's class and with its pre-tokenisation, for every family.
 
     Args:
+        family: whose special tokens it has.
         texts: the dataset's own texts.
         fixed: texts of the prompt template; their words become single tokens.
         vocab_size: tokens in all; at least 512.
@@ -72,7 +97,7 @@ def train_tokenizer(texts: Iterable[str], fixed: Iterable[str], vocab_size: int)
     core = blank.backend_tokenizer
     core.model = BPE()
     trainer = BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        vocab_size=vocab_size - len(family.special_tokens),
         initial_alphabet=sorted(ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -81,8 +106,8 @@ def train_tokenizer(texts: Iterable[str], fixed: Iterable[str], vocab_size: int)
     return Qwen2Tokenizer(
         vocab=vocab,
         merges=merges,
-        eos_token="<|im_end|>",  # noqa: S106 (no password)
-        extra_special_tokens=list(SPECIAL_TOKENS),
+        extra_special_tokens=list(family.special_tokens),
+        **family.special_roles,
     )
 
 
@@ -105,47 +130,8 @@ def fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(vocab).encode()).hexdigest()
 
 
-def build_qwen2_vl(sizes: TinySizes, tokenizer: Any, seed: int, attention: str) -> Any:
-    """A `Qwen2VLForConditionalGeneration` of these sizes with seeded random weights, fp32."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-    ids = tokenizer.get_vocab()
-    half_head = sizes.hidden_size // sizes.heads // 2
-    height = 3 * half_head // 8  # Qwen's own share: 16, 24 and 24 of 64
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": sizes.hidden_size,
-        "intermediate_size": sizes.intermediate_size,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
-        "bos_token_id": None,
-        "eos_token_id": ids["<|im_end|>"],
-        "initializer_range": _INIT_STD,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "mrope_section": [half_head - 2 * height, height, height],
-        },
-    }
-    vision = {
-        "depth": sizes.vision_depth,
-        "embed_dim": sizes.vision_dim,
-        "hidden_size": sizes.hidden_size,
-        "num_heads": sizes.vision_heads,
-        "mlp_ratio": sizes.vision_mlp_ratio,
-        "initializer_range": _INIT_STD,
-    }
-    config = Qwen2VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
-        attn_implementation=attention,
-    )
+def build(family: type[Family], sizes: TinySizes, tokenizer: Any, seed: int, attention: str) -> Any:
+    """A model of the family with these sizes and seeded random weights, fp32."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen2VLForConditionalGeneration(config)
+        return family.tiny_model(sizes, tokenizer, attention)

@@ -42,7 +42,7 @@ class Verbalizer:
         if any(len(tokens) != 1 for tokens in ids):
             raise UserError(
                 "The backbone's tokenizer splits a capital letter into several tokens: "
-                "PRIME needs a backbone with single-token letters."
+                "choose a backbone with single-token letters, such as qwen2-vl-2b."
             )
         self.ids = [tokens[0] for tokens in ids]
         self.end_id = encoder.trusted(answer_end)[0]

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recbole_mm.backbone.families import Family, Pixels
+from recbole_mm.backbone.families import Family, Grid, Pixels
 from recbole_mm.backbone.prompt import Prompt
 from recbole_mm.data.images import DIGEST, BadImageError, digest, read_bytes
 
-Grid = tuple[int, int, int]
 _ENCODE_AT_ONCE = 64  # pictures in one pass of the tower, so that memory does not grow with items
 
 

@@ -296,6 +296,7 @@ def _ranker(config: Any, dataset: Any) -> Any:
     settings = RankerSettings(
         PromptStyle(config["instruction"], _attributes(config, content), config["max_attr_tokens"]),
         config["n_candidates"],
+        config["max_history_items"],
         config["supervise"],
         config["score_tokens"],
         Path(config["cache_dir"]),
@@ -325,7 +326,7 @@ def _attributes(config: Any, content: Any) -> tuple[str, ...]:
     pictured = any(content.image_paths(item) for item in range(len(content.item_tokens)))
     if not found or (found == ("image",) and not pictured):
         raise UserError(
-            f"PRIME's ranker reads {', '.join(config['attributes'])}, but {content.path('text')} "
+            f"The ranker reads {', '.join(config['attributes'])}, but {content.path('text')} "
             f"and {content.path('image')} have none of them: set attributes to columns they have."
         )
     return found

@@ -17,6 +17,7 @@ from recbole_mm.backbone.vision import FeatureLog, ItemImages
 
 ATTRIBUTES = ("image", "title", "price", "brand")
 STYLE = PromptStyle("Which candidate comes next?", ATTRIBUTES, 16)
+TEXT_STYLE = PromptStyle(STYLE.instruction, ATTRIBUTES[1:], 16)  # for those that see nothing
 TEXTS: dict[int, dict[str, str]] = {
     1: {"title": "Red bowl", "price": "12.50", "brand": "Aro"},
     2: {"title": "Blue cup", "brand": "Bexley"},
@@ -75,7 +76,7 @@ def images_of(
 def writer_of(
     backbone: Backbone,
     images: ItemImages | None = None,
-    style: PromptStyle = STYLE,
+    style: PromptStyle | None = None,
     texts: Mapping[int, Mapping[str, str]] = TEXTS,
     letters: str = "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
 ) -> PromptWriter:
@@ -83,7 +84,7 @@ def writer_of(
     return PromptWriter(
         backbone.encoder,
         backbone.family,
-        style,
+        style or (STYLE if backbone.family.sees else TEXT_STYLE),
         lambda item, name: texts.get(item, {}).get(name),
         images.piece,
         letters,

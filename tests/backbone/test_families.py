@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from recbole_mm.backbone.batch import collate
-from recbole_mm.backbone.families import Qwen2VL
+from recbole_mm.backbone.families import PictureSettings
+from recbole_mm.backbone.families.qwen import Qwen2VL
 from recbole_mm.backbone.load import Backbone
 from recbole_mm.backbone.prompt import Prompt
 from recbole_mm.errors import UserError
@@ -122,14 +123,14 @@ def test_an_impossible_budget_is_the_users_mistake(
     backbone: Backbone, least: int, most: int
 ) -> None:
     with pytest.raises(UserError, match="min_pixels"):
-        Qwen2VL(backbone.tokenizer, least, most)
+        Qwen2VL(backbone.tokenizer, None, PictureSettings(least, most))
 
 
 def test_a_tokenizer_without_image_tokens_is_the_users_mistake() -> None:
     from transformers import Qwen2Tokenizer
 
     with pytest.raises(UserError, match="vision_start"):
-        Qwen2VL(Qwen2Tokenizer(vocab={"a": 0}, merges=[]), 3136, 28224)
+        Qwen2VL(Qwen2Tokenizer(vocab={"a": 0}, merges=[]), None, PictureSettings(3136, 28224))
 
 
 # --- positions ------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from recbole_mm.backbone.load import Backbone, BackboneSpec, load_backbone
 from recbole_mm.backbone.ranker import LetterRanker
 from recbole_mm.errors import UserError
+from recbole_mm.paths import properties_dir
 from tests.backbone.shop import CANDIDATES, HISTORIES, PLACES, backbone_of, ranker_of, spec_of
 from tests.conftest import REPO
 
@@ -253,6 +254,7 @@ def test_a_folder_without_a_tokenizer_is_the_users_mistake(
 ABSENT = """
 from recbole_mm.backbone.load import load_backbone
 from recbole_mm.errors import UserError
+from recbole_mm.paths import properties_dir
 from tests.backbone.shop import spec_of
 try:
     load_backbone(spec_of(name="qwen2-vl-2b", is_tiny=False), [], [], 0)
@@ -288,7 +290,8 @@ def test_weights_neither_cached_nor_reachable_are_one_sentence(tmp_path: Path) -
         ({"quantise": "nf4"}, "quantize"),
         ({"quantize": "int3"}, "none, nf4"),
         ({"dtype": "float8"}, "bfloat16"),
-        ({"family": "llava"}, "qwen2_vl"),
+        ({"family": "mantis"}, "qwen2_vl"),
+        ({"image_pooling": "mean"}, "all, cls"),
         ({"attention": "flash"}, "flash_attention_2"),
     ],
 )
@@ -316,9 +319,12 @@ def test_attentions_agree() -> None:
 def test_the_shipped_descriptions_are_read() -> None:
     from recbole_mm.config import resolve_backbone
 
-    for name in ("qwen2-vl-2b", "tiny", "tiny-qwen2-vl-2b"):
+    files = [path.stem for path in (properties_dir() / "backbone").glob("*.yaml")]
+    assert len(files) >= 5
+    for name in ("tiny", *files, *(f"tiny-{stem}" for stem in files)):
         mapping, settings = resolve_backbone(name, "qwen2-vl-2b")
         own = {k: v for k, v in settings.items() if k in BackboneSpec.__annotations__}
         spec = BackboneSpec.from_mapping({**mapping, **own})
         assert spec.name == name
         assert spec.is_tiny == name.startswith("tiny")
+        assert settings["max_attr_tokens" if spec.is_tiny else "lora_r"] == 8

@@ -8,8 +8,9 @@ import pytest
 import torch
 import yaml
 
+from recbole_mm.backbone.families.qwen import Qwen2VL
 from recbole_mm.backbone.load import Backbone, load_backbone
-from recbole_mm.backbone.tiny import SPECIAL_TOKENS, TinySizes, fingerprint, train_tokenizer
+from recbole_mm.backbone.tiny import TinySizes, fingerprint, train_tokenizer
 from recbole_mm.backbone.verbalizer import LETTERS
 from tests.backbone.other_process import weights_digest
 from tests.backbone.shop import STYLE, TEXTS, backbone_of, spec_of
@@ -82,8 +83,8 @@ def test_config_and_tokenizer_agree_on_special_tokens(backbone: Backbone) -> Non
     assert config.vision_end_token_id == vocab["<|vision_end|>"]
     assert config.text_config.eos_token_id == vocab["<|im_end|>"]
     assert backbone.pad_id == vocab["<|endoftext|>"]
-    assert set(SPECIAL_TOKENS) == set(backbone.tokenizer.get_added_vocab())
-    for token in SPECIAL_TOKENS:
+    assert set(Qwen2VL.special_tokens) == set(backbone.tokenizer.get_added_vocab())
+    for token in Qwen2VL.special_tokens:
         assert backbone.encoder.trusted(token) == [vocab[token]]
 
 
@@ -92,14 +93,14 @@ def test_config_and_tokenizer_agree_on_special_tokens(backbone: Backbone) -> Non
 
 def test_the_vocabulary_is_no_larger_than_asked_for() -> None:
     texts = [f"word{n} {n * 7919} {chr(0x4E00 + n)}" for n in range(2000)]
-    tokenizer = train_tokenizer(texts, STYLE.fixed_text(), 600)
+    tokenizer = train_tokenizer(Qwen2VL, texts, STYLE.fixed_text(), 600)
     assert len(tokenizer) == 600
     assert sorted(tokenizer.get_vocab().values()) == list(range(600))
 
 
 def test_words_of_the_template_are_single_tokens_however_much_text_there_is() -> None:
     texts = [f"{'ab'[n % 2]}{n * 104729:x} {n * 7919:x}" for n in range(3000)]
-    tokenizer = train_tokenizer(texts, STYLE.fixed_text(), 1024)
+    tokenizer = train_tokenizer(Qwen2VL, texts, STYLE.fixed_text(), 1024)
     for word in ("image", "title", "price", "brand", "History", "Candidates", " candidate"):
         assert len(tokenizer.encode(word, add_special_tokens=False)) == 1, word
 
@@ -113,7 +114,7 @@ def test_every_text_comes_back_from_its_tokens(backbone: Backbone, text: str) ->
 def test_a_letter_in_brackets_is_a_token_of_its_own() -> None:
     """Although texts are full of bracketed letters: the label and the answer are then one token."""
     texts = [f"({letter}) ({letter}) ({letter}bc)" for letter in LETTERS] * 50
-    tokenizer = train_tokenizer(texts, STYLE.fixed_text(), 1024)
+    tokenizer = train_tokenizer(Qwen2VL, texts, STYLE.fixed_text(), 1024)
     for letter in LETTERS:
         ids = tokenizer.encode(f"({letter})", add_special_tokens=False)
         assert len(ids) == 3

@@ -77,10 +77,10 @@ class World:
         return [[item for _, item in sorted(rows)] for rows in users.values()]
 
 
-def world_of(mini: Path, **changes: Any) -> World:
+def world_of(mini: Path, model_name: str = "PRIME", **changes: Any) -> World:
     """An untrained model; every call gives the same weights."""
     config = MMConfig(
-        "PRIME", "mini", (), {**SMALL, "data_path": str(mini), "cache_dir": str(mini), **changes}
+        model_name, "mini", (), {**SMALL, "data_path": str(mini), "cache_dir": str(mini), **changes}
     )
     data = prepare_data(config)
     model = build_model(config, data)

@@ -276,6 +276,9 @@ def test_vectors_do_not_decay(world: World) -> None:
         ({"attributes": ["colour", "weight"]}, "reads colour, weight"),
         ({"backbone": "qwen9"}, "no backbone 'qwen9'"),
         ({"min_pixels": 5}, "pixel budget"),
+        ({"backbone": "tiny-llama"}, r"backbone 'tiny-llama' reads text alone: set attributes to"),
+        ({"backbone": "tiny-llava", "max_pixels": 3135}, "56 x 56 pixels: set max_pixels to 3136"),
+        ({"image_pooling": "mean"}, "image_pooling is 'mean': it is one of all, cls"),
     ],
 )
 def test_wrong_values_are_one_sentence(mini: Path, changes: dict[str, Any], says: str) -> None:
