@@ -28,7 +28,8 @@ import recbole  # noqa: E402
 from recbole.config import Config  # noqa: E402
 from recbole.utils import ModelType  # noqa: E402
 
-from recbole_mm.config_checks import NULL_KEYS, check_all, check_values, convert  # noqa: E402
+from recbole_mm.config_checks import check_all, check_values  # noqa: E402
+from recbole_mm.config_types import NULL_KEYS, convert  # noqa: E402
 
 # Keys that name the run itself or that RecBole reads without giving them a default.
 RUN_KEYS = frozenset(

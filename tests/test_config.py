@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from recbole_mm.config import MMConfig, parse_value, read_yaml, resolve_backbone
-from recbole_mm.config_checks import convert, measured
+from recbole_mm.config_checks import measured
+from recbole_mm.config_types import convert
 from recbole_mm.data.candidates import rank_metrics
 from recbole_mm.errors import UserError
 from recbole_mm.paths import properties_dir
