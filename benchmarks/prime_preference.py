@@ -1,0 +1,131 @@
+"""What preference optimisation of PRIME's retriever is worth, against controls of the same length.
+
+    python benchmarks/prime_preference.py --dataset mm-demo --work DIR
+
+A retriever and a ranker are trained once a seed. From them the stage `preference` runs with the
+ranker's preferences at several weights `beta`, with a coin in the ranker's place, with the truth
+alone, and with cross entropy alone (`none`): the same steps, learning rate and dropout each, and
+the best validation decides, that of the start included, as ever. Means over seeds, their standard
+errors and the differences to `none` of the same seed go to benchmarks/results/.
+
+Results are kept in DIR, one a run: a killed benchmark goes on where it was. `--part 0/2` and
+`--part 1/2` share the runs; start the second when the first has its retrievers and rankers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "prime_preference.json"
+METRICS = ("recall@10", "ndcg@10")
+SETTINGS = {  # enough for a tiny retriever to move
+    "preference_epochs": "100",
+    "preference_learning_rate": "5e-4",
+    "preference_warmup_steps": "5",
+    "preference_eval_every": "20",
+    "preference_valid_users": "0",
+}
+
+
+def variants(betas: list[str], control: str) -> list[tuple[str, str]]:
+    """(labeler, beta) of every run of a seed; `none` first, with which the others are compared."""
+    asked = [("ranker", beta) for beta in betas]
+    return [("none", "0"), *asked, ("random", control), ("truth", control)]
+
+
+def run(work: Path, name: str, flags: dict[str, str]) -> dict[str, Any]:
+    """The result of one run, from the disk where it is there."""
+    path = work / f"{name}.json"
+    if not path.is_file():
+        words = [f"--{key}={value}" for key, value in {**flags, "result_file": path.name}.items()]
+        command = [sys.executable, str(ROOT / "run_recbole_mm.py"), "--model=PRIME", *words]
+        with (work / f"{name}.log").open("w") as log:
+            subprocess.run(command, cwd=work, stdout=log, stderr=log, check=True)
+        print(f"{name} done", flush=True)
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def summary(work: Path, seeds: list[str], runs: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """A row a variant over the seeds that are there: means, standard errors, differences."""
+    rows = []
+    for labeler, beta in runs:
+        found = {s: read(work, s, labeler, beta) for s in seeds}
+        pairs = {s: (one, read(work, s, "none", "0")) for s, one in found.items() if one}
+        row: dict[str, Any] = {"labeler": labeler, "beta": float(beta), "seeds": list(pairs)}
+        for metric in METRICS:
+            values = [one["test"][metric] for one, _ in pairs.values()]
+            gaps = [
+                one["test"][metric] - none["test"][metric] for one, none in pairs.values() if none
+            ]
+            row[metric] = spread(values)
+            row[f"{metric} - none"] = spread(gaps)
+        stages = [one["stages"]["preference"] for one, _ in pairs.values()]
+        for key in ("ranker_calls", "best_step", "retrieval_rate"):
+            row[key] = [stage[key] for stage in stages]
+        rows.append(row)
+    return rows
+
+
+def read(work: Path, seed: str, labeler: str, beta: str) -> dict[str, Any] | None:
+    path = work / f"{seed}-{labeler}-{beta}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Mean and standard error."""
+    if not values:
+        return {}
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    rounded = [round(value, 6) for value in values]
+    return {"mean": round(statistics.mean(values), 6), "error": error, "values": rounded}
+
+
+def main() -> None:
+    """Parses flags, runs what is missing, writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", default="mm-demo")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seeds", default="2020,2021,2022")
+    parser.add_argument("--betas", default="0.01,0.1,0.2,1")
+    parser.add_argument("--control", default="0.2", help="beta of random and truth")
+    parser.add_argument("--steps", default="60")
+    parser.add_argument("--part", default="0/1")
+    parser.add_argument("--flags", nargs="*", default=[], help="more keys for every run, key=value")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    seeds, runs = args.seeds.split(","), variants(args.betas.split(","), args.control)
+    more = dict(flag.split("=", 1) for flag in args.flags)
+    common = {"dataset": args.dataset, "show_progress": "False", **more}
+    mine, parts = map(int, args.part.split("/"))
+    jobs = [(seed, labeler, beta) for seed in seeds for labeler, beta in runs]
+    for seed, labeler, beta in jobs[mine::parts]:
+        flags = {**common, "seed": seed}
+        base = run(args.work, f"{seed}-base", {**flags, "stages": "retriever,ranker"})
+        flags |= {**SETTINGS, "labeler": labeler, "beta": beta, "preference_max_steps": args.steps}
+        flags |= {"retriever_from": base["run_dir"], "ranker_from": base["run_dir"]}
+        run(args.work, f"{seed}-{labeler}-{beta}", flags)
+    result = {
+        "dataset": args.dataset,
+        "steps": int(args.steps),
+        **SETTINGS,
+        "flags": args.flags,
+        "rows": summary(args.work, seeds, runs),
+    }
+    args.out.parent.mkdir(exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for row in result["rows"]:
+        print(
+            row["labeler"], row["beta"], *(row[f"{m}{x}"] for m in METRICS for x in ("", " - none"))
+        )
+
+
+if __name__ == "__main__":
+    main()

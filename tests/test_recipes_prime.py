@@ -1,0 +1,83 @@
+"""The recipes of PRIME's variants: each lays what the paper varies over another configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dataset_tools.__main__ import main as tools
+from recbole_mm.cli import main
+from recbole_mm.config import MMConfig
+from recbole_mm.paths import properties_dir
+
+FOLDER = properties_dir() / "paper"
+VARIANTS = sorted(
+    path.stem
+    for path in FOLDER.glob("prime_*.yaml")
+    if path.stem.startswith(("prime_table3", "prime_table4", "prime_figure5"))
+)
+VARIED = {
+    "without_preference": {"stages": ["retriever", "ranker"]},
+    "sasrec": {"retriever": "SASRec", "train_mode": "whole"},
+    "fmlprec": {"retriever": "FMLPRec", "train_mode": "prefix"},
+    "llava": {"backbone": "llava-1.5-7b", "image_pooling": "cls"},
+    "cls_pooling": {"image_pooling": "cls"},
+    "title_only": {"attributes": ["title"]},
+    "without_image": {"attributes": ["title", "price", "brand", "categories"]},
+    "without_title": {"attributes": ["image", "price", "brand", "categories"]},
+    **{f"k{k}": {"n_candidates": k} for k in (5, 10, 15, 20)},
+}
+
+
+@pytest.fixture(scope="module")
+def real_tables(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Amazon Beauty (text alone) and MovieLens with posters as atomic files."""
+    out = tmp_path_factory.mktemp("dataset")
+    for name, kind, rows in (
+        ("amazon-beauty", "--sequences", "sequences.tsv"),
+        ("ml-latest-small", "--interactions", "interactions.tsv"),
+    ):
+        source = shared_data / name
+        flags = ["--name", name, kind, str(source / rows), "--items", str(source / "items.tsv")]
+        assert tools(["table", *flags, "--out", str(out)]) == 0
+    return out
+
+
+def backbone_of(name: str) -> str:
+    return "tiny-llava" if name.endswith("llava") else "tiny"
+
+
+def test_every_variant_is_listed() -> None:
+    assert {name.split("_", 2)[2] for name in VARIANTS} == VARIED.keys()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_changes_what_it_says_and_nothing_else(name: str) -> None:
+    """Over the recipe of table 2; a retriever brings keys of its own."""
+    plain = MMConfig("PRIME", "amazon-beauty", ["prime_table2_beauty"])
+    varied = MMConfig("PRIME", "amazon-beauty", ["prime_table2_beauty", name])
+    said = VARIED[name.split("_", 2)[2]]
+    assert {key: varied[key] for key in said} == said
+    if "retriever" not in said and "backbone" not in said:
+        ours, theirs = varied.settings(), plain.settings()
+        changed = {key for key in ours if ours[key] != theirs.get(key)}
+        assert changed - {"stages"} == said.keys() - {"stages"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["amazon-beauty", "ml-latest-small"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_runs_by_one_command(
+    name: str, dataset: str, real_tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = [f"--dataset={dataset}", f"--data_path={real_tables}", "--show_progress=False"]
+    quick = ["--limit_users=300", "--epochs=2", "--ranker_max_steps=3", "--preference_max_steps=2"]
+    named = [f"--config_files={name}", f"--backbone={backbone_of(name)}", "--result_file=r.json"]
+    assert main([*flags, *quick, *named]) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["backbone"] == backbone_of(name)
+    assert result["limit_users"] == 300
+    assert list(result["stages"])[:2] == ["retriever", "ranker"]
