@@ -136,6 +136,7 @@ class Backbone(nn.Module):
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer)
         self.family: Family = FAMILIES[spec.family](tokenizer, model.config, spec.pictures())
+        self.family.speed_up(model)
         tower = self.family.vision_tower(model)
         self.trains_vision = tower is not None and any(p.requires_grad for p in tower.parameters())
         self.tokenizer_fingerprint = fingerprint(tokenizer)

@@ -96,6 +96,9 @@ class Family:
         """A model of these sizes with random weights, fp32."""
         raise NotImplementedError
 
+    def speed_up(self, model: Any) -> None:
+        """Changes how the model computes, and nothing of what."""
+
     def language_model(self, model: Any) -> nn.Module:
         """The module that takes `inputs_embeds` and `position_ids`."""
         raise NotImplementedError

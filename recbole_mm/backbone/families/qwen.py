@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recbole_mm.backbone.families.base import Grid, PictureFamily, PictureSettings, Pixels
+from recbole_mm.backbone.tower import speed_up
 from recbole_mm.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ class Qwen2VL(PictureFamily):
         thw = torch.tensor(grids, device=values.device)
         rows = self.vision_tower(model)(values, grid_thw=thw).pooler_output  # (all tokens, D)
         return list(rows.split([t * h * w // self._merge**2 for t, h, w in grids]))
+
+    def speed_up(self, model: Any) -> None:
+        speed_up(self.vision_tower(model))
 
     def language_model(self, model: Any) -> nn.Module:
         return model.model.language_model
