@@ -5,8 +5,10 @@
 A retriever and a ranker are trained once a seed. From them the stage `preference` runs with the
 ranker's preferences at several weights `beta`, with a coin in the ranker's place, with the truth
 alone, and with cross entropy alone (`none`): the same steps, learning rate and dropout each, and
-the best validation decides, that of the start included, as ever. Means over seeds, their standard
-errors and the differences to `none` of the same seed go to benchmarks/results/.
+the best validation decides, that of the start included, as ever. Where the start stays the best,
+test results are all alike: so the validation after the last step is compared too, on all users.
+Means over seeds, their standard errors and the differences to `none` of the same seed go to
+benchmarks/results/.
 
 Results are kept in DIR, one a run: a killed benchmark goes on where it was. `--part 0/2` and
 `--part 1/2` share the runs; start the second when the first has its retrievers and rankers.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -59,13 +62,11 @@ def summary(work: Path, seeds: list[str], runs: list[tuple[str, str]]) -> list[d
         found = {s: read(work, s, labeler, beta) for s in seeds}
         pairs = {s: (one, read(work, s, "none", "0")) for s, one in found.items() if one}
         row: dict[str, Any] = {"labeler": labeler, "beta": float(beta), "seeds": list(pairs)}
-        for metric in METRICS:
-            values = [one["test"][metric] for one, _ in pairs.values()]
-            gaps = [
-                one["test"][metric] - none["test"][metric] for one, none in pairs.values() if none
-            ]
-            row[metric] = spread(values)
-            row[f"{metric} - none"] = spread(gaps)
+        for part, metric in ((p, m) for p in ("test", "last_valid") for m in METRICS):
+            values = [one[part][metric] for one, _ in pairs.values()]
+            gaps = [one[part][metric] - none[part][metric] for one, none in pairs.values() if none]
+            row[f"{part} {metric}"] = spread(values)
+            row[f"{part} {metric} - none"] = spread(gaps)
         stages = [one["stages"]["preference"] for one, _ in pairs.values()]
         for key in ("ranker_calls", "best_step", "retrieval_rate"):
             row[key] = [stage[key] for stage in stages]
@@ -74,8 +75,16 @@ def summary(work: Path, seeds: list[str], runs: list[tuple[str, str]]) -> list[d
 
 
 def read(work: Path, seed: str, labeler: str, beta: str) -> dict[str, Any] | None:
+    """The result of a run with its last validation, or None where it has not ended."""
     path = work / f"{seed}-{labeler}-{beta}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    log = path.with_suffix(".log").read_text(encoding="utf-8")
+    at_end = re.findall(
+        r"preference step \d+ evaluating.*?valid result.*?\n(.*?)\n", log, re.DOTALL
+    )[-1]
+    found = {name: float(value) for name, value in re.findall(r"(\S+@\d+) : ([\d.]+)", at_end)}
+    return {**json.loads(path.read_text(encoding="utf-8")), "last_valid": found}
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -122,9 +131,7 @@ def main() -> None:
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for row in result["rows"]:
-        print(
-            row["labeler"], row["beta"], *(row[f"{m}{x}"] for m in METRICS for x in ("", " - none"))
-        )
+        print(row["labeler"], row["beta"], row["last_valid ndcg@10 - none"])
 
 
 if __name__ == "__main__":

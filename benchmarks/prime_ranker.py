@@ -8,6 +8,7 @@ towers have 1/6 of its width and 1/4 of its layers, the vocabulary is as large a
 compares two ways that must agree in their scores, in turn, in one process; medians, quartiles and
 ratios go to benchmarks/results/prime_ranker.json.
 
+- tower: small pictures through our vision tower, or through that of `transformers` as it is.
 - pictures: features of the frozen tower read from the cache, or every picture encoded anew.
 - head: the K letters' rows of the head at the answer, or the whole vocabulary at every token.
 - batches: prompts of like length together, or as they come.
@@ -147,6 +148,29 @@ def pictures(ranker: LetterRanker, live: LetterRanker, q: Questions) -> tuple[Wa
     return cached, anew
 
 
+def tower(ranker: LetterRanker, live: LetterRanker, count: int) -> tuple[Way, Way]:
+    """`count` pictures of 56 x 56 with gradients; the live one's tower is put back as it came."""
+    for one in (ranker, live):
+        one.backbone.family.vision_tower(one.backbone.model).requires_grad_(True)
+    stock = live.backbone.family.vision_tower(live.backbone.model)
+    stock.config._attn_implementation = "sdpa"
+    stock.patch_embed.proj.__class__ = torch.nn.Conv3d
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (count, 56, 56, 3), dtype=np.uint8)
+
+    def way(one: LetterRanker) -> Way:
+        pixels = [one.backbone.family.pixels(Image.fromarray(picture)) for picture in noise]
+
+        def encode() -> torch.Tensor:
+            rows = torch.cat(one.backbone.family.encode(one.backbone.model, pixels))
+            rows.square().mean().backward()
+            return rows.detach()
+
+        return encode
+
+    return way(ranker), way(live)
+
+
 @torch.no_grad()
 def whole_head(ranker: LetterRanker, q: Questions) -> torch.Tensor:
     """Logits of the whole vocabulary at every token, then the letters' at the last."""
@@ -255,7 +279,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     q, ranker = Questions(args.prompts, args.items), ranker_of(shop, args)
     live = ranker_of(shop, args)
     cached, anew = pictures(ranker, live, q)
+    ours, stock = tower(ranker_of(shop, args), ranker_of(shop, args), 256)
     parts = {
+        "tower": compare("tower, 256 small pictures", ours, stock, args),
         "pictures": compare("pictures cached", cached, anew, args),
         "head": compare("letters' rows of the head", cached, lambda: whole_head(ranker, q), args),
         "batches": compare(
