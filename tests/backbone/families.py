@@ -42,17 +42,21 @@ def our_logits(backbone: Backbone, prompts: Sequence[Prompt], positions: int = 1
     return logits
 
 
-def stock_logits(backbone: Backbone, prompts: Sequence[Prompt]) -> Tensor:
-    """Of the whole model, given ids and pixels: pictures once a place they stand. (B, T, V)."""
+def stock_inputs(backbone: Backbone, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What Hugging Face's processor would hand to the model: pictures once a place they stand."""
     T = max(map(len, prompts))
     ids = torch.full((len(prompts), T), backbone.pad_id)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.from_numpy(prompt.ids)
         mask[row, : len(prompt)] = 1
+    return {"input_ids": ids, "attention_mask": mask, **_pixels(backbone, prompts, ids)}
+
+
+def stock_logits(backbone: Backbone, prompts: Sequence[Prompt]) -> Tensor:
+    """Of the whole model, given ids and pixels. (B, T, vocabulary)"""
     model: Any = backbone.model
-    inputs = {"input_ids": ids, "attention_mask": mask, **_pixels(backbone, prompts, ids)}
-    logits: Tensor = model(**inputs, use_cache=False).logits
+    logits: Tensor = model(**stock_inputs(backbone, prompts), use_cache=False).logits
     return logits
 
 

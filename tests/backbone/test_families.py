@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from recbole_mm.backbone.batch import collate
 from recbole_mm.backbone.families import PictureSettings
@@ -18,46 +17,13 @@ from recbole_mm.backbone.families.qwen import Qwen2VL
 from recbole_mm.backbone.load import Backbone
 from recbole_mm.backbone.prompt import Prompt
 from recbole_mm.errors import UserError
-from tests.backbone.shop import PICTURES, backbone_of, images_of, picture, writer_of
-
-PROMPTS = [([1, 2], [3, 4, 5]), ([5], [1, 6]), ([2], [2, 2]), ([7, 7, 3, 4], [4, 6, 1, 2])]
+from tests.backbone.families import PROMPTS, our_logits, stock_inputs, stock_logits
+from tests.backbone.shop import PICTURES, backbone_of, picture, writer_of
 
 
 def prompts_of(backbone: Backbone, chosen: Sequence[int] = range(len(PROMPTS))) -> list[Prompt]:
     writer = writer_of(backbone)
     return [writer.write(*PROMPTS[i]) for i in chosen]
-
-
-def stock_inputs(backbone: Backbone, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    """What Hugging Face's processor would hand to the model: pictures once a place they stand."""
-    T = max(map(len, prompts))
-    ids = torch.full((len(prompts), T), backbone.pad_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.from_numpy(prompt.ids)
-        mask[row, : len(prompt)] = 1
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    shown = [picture(slot.item) for prompt in prompts for slot in prompt.slots]
-    if shown:
-        family: Any = backbone.family
-        inputs |= dict(family.processor(images=shown, return_tensors="pt"))
-        pad = backbone.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        inputs["mm_token_type_ids"] = (ids == pad).int()
-    return inputs
-
-
-def stock_logits(backbone: Backbone, prompts: Sequence[Prompt]) -> Tensor:
-    """(B, T, vocabulary)"""
-    model: Any = backbone.model
-    logits: Tensor = model(**stock_inputs(backbone, prompts), use_cache=False).logits
-    return logits
-
-
-def our_logits(backbone: Backbone, prompts: Sequence[Prompt], positions: int = 1) -> Tensor:
-    """(B, S, vocabulary)"""
-    batch = collate(prompts, backbone.pad_id)
-    logits: Tensor = backbone.head(backbone.hidden(batch, images_of(backbone), positions))
-    return logits
 
 
 # --- pictures -------------------------------------------------------------------------------------

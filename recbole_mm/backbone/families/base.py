@@ -7,6 +7,7 @@ training) is the same for all.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 Grid = tuple[int, int, int]
 POOLINGS = ("all", "cls")
+_BLIND = "this family reads text alone: it has no pictures to show"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class PictureSettings:
     pooling: str = "all"
 
 
-class Family:
+class Family(ABC):
     """A family that reads text; see `PictureFamily` for those that see.
 
     Args:
@@ -87,21 +89,21 @@ class Family:
         self.chat_head = (tokenizer.bos_token or "") + type(self).chat_head
 
     @staticmethod
+    @abstractmethod
     def model_class() -> Any:
         """The `transformers` class whose `from_pretrained` loads the family's weights."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def tiny_model(sizes: TinySizes, tokenizer: Any, attention: str) -> Any:
         """A model of these sizes with random weights, fp32."""
-        raise NotImplementedError
 
-    def speed_up(self, model: Any) -> None:
+    def speed_up(self, model: Any) -> None:  # noqa: B027 (a hook: most have nothing to change)
         """Changes how the model computes, and nothing of what."""
 
+    @abstractmethod
     def language_model(self, model: Any) -> nn.Module:
         """The module that takes `inputs_embeds` and `position_ids`."""
-        raise NotImplementedError
 
     def vision_tower(self, model: Any) -> nn.Module | None:
         """The module whose features `encode` returns; None where the family sees nothing."""
@@ -113,15 +115,15 @@ class Family:
 
     def image_piece(self, item: int, grid: Grid) -> Prompt:
         """The piece that stands for the image of `item`, placeholder tokens and all."""
-        raise NotImplementedError
+        raise ValueError(_BLIND)
 
     def largest_image_piece(self) -> Prompt:
         """The piece of a picture that takes as many tokens as any can."""
-        raise NotImplementedError
+        raise ValueError(_BLIND)
 
     def encode(self, model: nn.Module, images: Sequence[Pixels]) -> list[Tensor]:
         """Feature rows of each image, one a placeholder token. Shapes: (n, D)."""
-        raise NotImplementedError
+        raise ValueError(_BLIND)
 
 
 class PictureFamily(Family):
@@ -195,17 +197,17 @@ class PictureFamily(Family):
         )
 
     # --- what a family fills in ------------------------------------------------------
+    @abstractmethod
     def token_grid(self, grid: Grid) -> Grid:
         """Placeholder tokens in time, height and width of a picture of this patch grid."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _take(self, image: Any) -> Pixels:
         """The picture as the tower takes it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _rows(self, model: Any, values: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
         """All feature rows of each picture. Shapes: (n, D)."""
-        raise NotImplementedError
 
     def _one_row(self, model: Any, values: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
         """One feature row of each picture: of a tower without a CLS token the mean. (1, D)."""
