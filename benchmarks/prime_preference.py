@@ -112,20 +112,21 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     seeds, runs = args.seeds.split(","), variants(args.betas.split(","), args.control)
     more = dict(flag.split("=", 1) for flag in args.flags)
-    common = {"dataset": args.dataset, "show_progress": "False", **more}
+    common = {"dataset": args.dataset, "show_progress": "False"}
     mine, parts = map(int, args.part.split("/"))
     jobs = [(seed, labeler, beta) for seed in seeds for labeler, beta in runs]
     for seed, labeler, beta in jobs[mine::parts]:
         flags = {**common, "seed": seed}
-        base = run(args.work, f"{seed}-base", {**flags, "stages": "retriever,ranker"})
+        base = run(args.work, f"{seed}-base", {**flags, **more, "stages": "retriever,ranker"})
         flags |= {**SETTINGS, "labeler": labeler, "beta": beta, "preference_max_steps": args.steps}
+        flags |= more
         flags |= {"retriever_from": base["run_dir"], "ranker_from": base["run_dir"]}
         run(args.work, f"{seed}-{labeler}-{beta}", flags)
     result = {
         "dataset": args.dataset,
         "steps": int(args.steps),
         **SETTINGS,
-        "flags": args.flags,
+        **more,
         "rows": summary(args.work, seeds, runs),
     }
     args.out.parent.mkdir(exist_ok=True)

@@ -17,6 +17,8 @@ usage: run_recbole_mm.py --model=NAME[,NAME...] --dataset=NAME [--KEY=VALUE ...]
   --model, -m NAME       LRURec, FMLPRec, PRIME or any model of RecBole's zoo; several give a table
   --dataset, -d NAME     a folder under --data_path (default: dataset/); mm-demo makes itself
   --config_files A,B     YAML files or recipes of properties/paper/
+  --seed N[,N...]        several give the mean and its standard error
+  --variants A,B         of a recipe that has variants; all of them by default
   --result_file PATH     write the result as JSON
   --resume[=RUN_DIR]     go on with the newest unfinished run of this configuration, or with RUN_DIR
   --load=RUN_DIR         evaluate a finished run again
@@ -29,7 +31,6 @@ Examples:
 """
 _SHORT = {"-m": "--model", "-d": "--dataset", "-h": "--help"}
 _SWITCHES = ("--debug", "--help", "--resume")  # may stand without a value
-_DEFAULTS = {"model": "PRIME", "dataset": "mm-demo"}
 
 
 def parse(arguments: Sequence[str]) -> dict[str, str]:
@@ -100,11 +101,14 @@ def _run(flags: dict[str, str]) -> None:
 
 def _report(results: list[dict[str, Any]], result_file: str | None) -> None:
     from recbole_mm.quick_start import write_results
+    from recbole_mm.report.differences import difference_table
     from recbole_mm.report.table import result_table
 
-    _tell("\n\n" + result_table(results) + "\n")
-    if result_file:
+    if result_file:  # before anything that could fail
         write_results(result_file, results)
+    tables = [result_table(results), difference_table(results)]
+    _tell("\n\n" + "\n\n".join(table for table in tables if table) + "\n")
+    if result_file:
         _tell(f"Result: {result_file}")
 
 
@@ -140,6 +144,7 @@ def _load(flags: dict[str, str]) -> Iterator[dict[str, Any]]:
 
 def _train(flags: dict[str, str]) -> Iterator[dict[str, Any]]:
     from recbole_mm import quick_start  # RecBole and torch are only imported when there is work
+    from recbole_mm.jobs import plan_jobs, run_jobs
 
     resume = flags.pop("resume", None)
     if resume:
@@ -147,34 +152,7 @@ def _train(flags: dict[str, str]) -> Iterator[dict[str, Any]]:
         yield quick_start.go_on(resume, flags)
         return
     files = [name.strip() for name in flags.pop("config_files", "").split(",") if name.strip()]
-    given = {**_from_files(files), **flags}
-    models = _names(given.get("model", _DEFAULTS["model"]))
-    dataset = str(given.get("dataset", _DEFAULTS["dataset"]))
-    overrides = {k: v for k, v in flags.items() if k not in ("model", "dataset")}
-    for model in models:  # a mistake in the last name should not cost the training of the first
-        quick_start.check(model, dataset, files, overrides)
-    for model in models:
-        yield quick_start.run(model, dataset, files, overrides, resume == "", len(models) > 1)
-
-
-def _names(models: Any) -> list[str]:
-    """`A,B` on the command line, `[A, B]` or `A,B` in YAML."""
-    words = models if isinstance(models, list) else str(models).strip("[]").split(",")
-    names = [str(word).strip() for word in words if str(word).strip()]
-    if not names:
-        raise UserError("--model names no model: write --model=PRIME, or several with commas.")
-    return names
-
-
-def _from_files(files: Sequence[str]) -> dict[str, Any]:
-    """Model and dataset may stand in a recipe."""
-    from recbole_mm.config import read_yaml
-    from recbole_mm.paths import recipe_or_path
-
-    merged: dict[str, Any] = {}
-    for name in files:
-        merged.update(read_yaml(Path(recipe_or_path(name))))
-    return {k: merged[k] for k in ("model", "dataset") if k in merged}
+    yield from run_jobs(plan_jobs(files, flags), files, resume == "")
 
 
 if __name__ == "__main__":

@@ -287,6 +287,7 @@ class MMConfig(Config):
     def _for_this_model(self, path: Path) -> dict[str, Any]:
         content = read_yaml(path)
         per_model = content.pop("per_model", None)
+        content.pop("variants", None)  # whose keys `jobs` lays over the files
         return (
             content if per_model is None else _over(content, _own_keys(path, per_model, self._name))
         )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 class StageSettings:
     """How one stage is optimised and when it stops; all counts of steps are optimiser steps."""
 
-    epochs: int
+    epochs: int  # 0: the weights are left as they are
     learning_rate: float
     weight_decay: float = 0.0
     adam_eps: float = 1e-8

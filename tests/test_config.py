@@ -417,7 +417,7 @@ def recboles_result(given: MMConfig) -> dict[str, float]:
         ),
         ("LRURec", {"clip_grad_norm": "{'norm_type': 2}"}, "has no max_norm above 0"),
         ("LRURec", {"eval_step": "0"}, "eval_step: it must be a number above 0"),
-        ("PRIME", {"ranker_epochs": "0"}, "ranker_epochs: it must be a number above 0"),
+        ("PRIME", {"ranker_epochs": "-1"}, r"ranker_epochs: it must be 0 \(off\) or more"),
         ("PRIME", {"ranker_batch_size": "0"}, "ranker_batch_size: it must be a number above 0"),
         ("PRIME", {"retriever_eval_step": "0"}, "retriever_eval_step: it must be a number above"),
         ("PRIME", {"ranker_warmup_steps": "-1"}, r"ranker_warmup_steps: it must be 0 \(off\) or"),

@@ -124,10 +124,27 @@ def test_two_runs_are_compared_on_the_command_line(
 
 def test_a_side_of_several_runs_is_their_mean(runs: dict[str, dict], tmp_path: Path) -> None:
     folders = [runs[name]["run_dir"] for name in ("EASE", "Pop")]
-    both = side(",".join(folders), "ndcg@10")
-    expected = [side(folder, "ndcg@10") for folder in folders]
+    both = side(folders, "ndcg@10")
+    expected = [side([folder], "ndcg@10") for folder in folders]
     assert all(both[u] == pytest.approx((expected[0][u] + expected[1][u]) / 2) for u in both)
     (tmp_path / "places.tsv").write_text("user\tresult\nsomebody\t1\n")
     (tmp_path / "result.json").write_text(json.dumps({"rows": []}))
     with pytest.raises(UserError, match="tested other users than the runs before it"):
-        side(f"{folders[0]},{tmp_path}", "ndcg@10")
+        side([folders[0], str(tmp_path)], "ndcg@10")
+
+
+def test_variants_of_a_result_file_are_compared_over_their_seeds(
+    runs: dict[str, dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = [{**runs["EASE"], "variant": "good"}, {**runs["Pop"], "variant": "good"}]
+    named.append({**runs["GRU4Rec"], "variant": None})
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(named))
+    assert main(["--results", str(file), "good", "GRU4Rec", "--metric=recall@10"]) == 0
+    mean = (runs["EASE"]["test"]["recall@10"] + runs["Pop"]["test"]["recall@10"]) / 2
+    assert f"users: {mean:.4f} and " in capsys.readouterr().out
+    assert main(["--results", str(file), "god", "Pop"]) == 1
+    assert "no variant or model 'god' (did you mean 'good'?)" in capsys.readouterr().err
+    file.write_text("nothing")
+    assert main(["--results", str(file), "good", "Pop"]) == 1
+    assert "is no result file" in capsys.readouterr().err

@@ -1,10 +1,12 @@
 """Where each test user's target stood: the file a run leaves, and the comparison of two runs by it.
 
     python -m recbole_mm.report.places RUN[:ROW] RUN[:ROW] [--metric ndcg@10]
+    python -m recbole_mm.report.places --results FILE VARIANT[:ROW] VARIANT[:ROW]
 
 Two models are compared on the same users: each user's value by the first less that by the second,
 and the mean of these differences is resampled over users (paired bootstrap). Several runs of one
-side, such as other seeds, are given with commas: a user's value is then their mean.
+side, such as other seeds, are given with commas: a user's value is then their mean. With the result
+file of a recipe, its variants (or models) are named instead, each with all its seeds.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import Tensor
 from recbole_mm.errors import UserError, nearest, told
 
 PLACES = "places.tsv"
+WITH_PLACES = ("recall", "hit", "ndcg", "mrr")  # metrics that the place of one target gives
 Floats = NDArray[np.float64]
 _WHOLE = "result"  # the name of the only row of a model that has no others
 _AT_ONCE = 1 << 22  # numbers drawn together
@@ -95,7 +98,7 @@ def values(places: Floats, metric: str) -> Floats:
         UserError: another metric.
     """
     name, _, k = metric.lower().partition("@")
-    if name not in ("recall", "hit", "ndcg", "mrr") or not k.isdecimal():
+    if name not in WITH_PLACES or not k.isdecimal():
         raise UserError(f"--metric: '{metric}' is none of recall@k, hit@k, ndcg@k, mrr@k.")
     inside = (places > 0) & (places <= int(k))
     safe = np.where(inside, places, 1.0)
@@ -148,14 +151,14 @@ def compare(first: Floats, second: Floats, resamples: int = 10_000, seed: int = 
     return Comparison(len(gap), float(first.mean()), float(second.mean()), float(low), float(high))
 
 
-def side(runs: str, metric: str) -> dict[str, float]:
-    """Each user's value: of several runs, the mean over them.
+def side(runs: Sequence[str], metric: str) -> dict[str, float]:
+    """Each user's value: of several runs `RUN[:ROW]`, the mean over them.
 
     Raises:
         UserError: the runs tested different users.
     """
     found = []
-    for run in (name for name in runs.split(",") if name):
+    for run in runs:
         places = read_places(run)
         found.append(dict(zip(places, values(np.array([*places.values()]), metric), strict=True)))
         if found[-1].keys() != found[0].keys():
@@ -163,6 +166,37 @@ def side(runs: str, metric: str) -> dict[str, float]:
     if not found:
         raise UserError("No run is named: write saved/MODEL-DATASET-ID.")
     return {user: float(np.mean([values[user] for values in found])) for user in found[0]}
+
+
+def compare_sides(one: Mapping[str, float], other: Mapping[str, float]) -> Comparison:
+    """`compare` of values by user.
+
+    Raises:
+        UserError: they are of different users.
+    """
+    if one.keys() != other.keys():
+        raise UserError("The two sides tested different users: compare runs of one dataset.")
+    return compare(np.array([*one.values()]), np.array([other[user] for user in one]))
+
+
+def _named(names: str, results: str | None) -> list[str]:
+    """The runs that a side names: their folders with commas, or a variant of a result file."""
+    if results is None:
+        return [name for name in names.split(",") if name]
+    try:
+        found = json.loads(Path(results).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{results} is no result file: it is no JSON ({error}).") from error
+    found = found if isinstance(found, list) else [found]
+    name, colon, row = names.partition(":")
+    runs = [f"{r['run_dir']}{colon}{row}" for r in found if name in (r.get("variant"), r["model"])]
+    if not runs:
+        known = dict.fromkeys(str(r.get("variant") or r["model"]) for r in found)
+        raise UserError(
+            f"{results} has no variant or model '{name}'{nearest(name, known)}: it has "
+            f"{', '.join(known)}."
+        )
+    return runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -173,16 +207,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("first", help="RUN[:ROW], several with commas")
     parser.add_argument("second", help="the same")
+    parser.add_argument("--results", help="a result file, whose variants or models are compared")
     parser.add_argument("--metric", default="ndcg@10", help="recall@k, hit@k, ndcg@k or mrr@k")
     args = parser.parse_args(arguments)
     try:
-        one, other = side(args.first, args.metric), side(args.second, args.metric)
-        if one.keys() != other.keys():
-            raise UserError("The two sides tested different users: compare runs of one dataset.")
-    except UserError as error:
+        one, other = (
+            side(_named(names, args.results), args.metric) for names in (args.first, args.second)
+        )
+        found = compare_sides(one, other)
+    except (UserError, OSError) as error:
         print(told(error), file=sys.stderr)
         return 1
-    found = compare(np.array([*one.values()]), np.array([other[user] for user in one]))
     print(
         f"{args.metric} of {found.users} users: {found.first:.4f} and {found.second:.4f}, "
         f"difference {found.first - found.second:+.4f} (95 %: {found.low:+.4f} to "

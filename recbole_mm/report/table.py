@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from recbole_mm.report.lines import Line, standard_error, table_lines
 
 _EPOCHS_CUT = {
     "epochs": "all epochs",
@@ -11,6 +14,7 @@ _EPOCHS_CUT = {
     "patience": "early stop",
     "time": "time up",
     "given": "as given",
+    "untrained": "untrained",
 }
 _BOTH = {"full", "full-masked"}
 _USUAL_SPLIT = "LS/TO"  # leave one out, ordered by time
@@ -27,10 +31,6 @@ def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
-
-
-def _metric(result: Mapping[str, float] | None, name: str) -> str:
-    return f"{result[name]:.4f}" if result and name in result else "-"
 
 
 def _shown(names: Sequence[str], metric: str, few: bool) -> list[str]:
@@ -55,10 +55,17 @@ def _columns(results: Sequence[Mapping[str, Any]], masked: bool) -> list[tuple[s
     return [(f"{name} {title}", protocol, name) for name in names for title, protocol in titles]
 
 
-def _value(result: Mapping[str, Any], row: Mapping[str, Any], where: str, name: str) -> str:
-    if where == "test":
-        return _metric(row["test"], name)
-    return _metric(row.get("test_protocols", {}).get(where), name)
+def _value(line: Line, where: str, name: str) -> str:
+    """One number, or the mean over seeds with its standard error."""
+    of_rows = [
+        row["test"] if where == "test" else row.get("test_protocols", {}).get(where) or {}
+        for row in line.rows
+    ]
+    values = [found[name] for found in of_rows if name in found]
+    if not values:
+        return "-"
+    error = f" ±{standard_error(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{error}"
 
 
 def result_table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -80,33 +87,35 @@ def _table(results: Sequence[Mapping[str, Any]]) -> str:
     first = results[0]
     masked = any(r["general"] and set(r["test_protocols"]) >= _BOTH for r in results)
     columns = _columns(results, masked)
-    header = [
-        "model",
-        "backbone",
-        "train mode",
-        "trained",
-        *(title for title, _, _ in columns),
-        "seconds",
+    titles = [title for title, _, _ in columns]
+    header = ["model", "backbone", "train mode", "trained", *titles, "seconds"]
+    seeds = len({result.get("seed") for result in results})
+    lines = [
+        [
+            *(line.name, line.results[0]["backbone"] or "-", line.results[0]["train_mode"]),
+            _trained(line),
+            *(_value(line, where, name) for _, where, name in columns),
+            f"{statistics.mean(result['seconds'] for result in line.results):.0f}",
+        ]
+        for line in table_lines(results)
     ]
-    lines = []
-    for result in results:
-        trained = _trained(result)
-        for row in result["rows"] or [
-            {"name": "", "test": result["test"], "test_protocols": result["test_protocols"]}
-        ]:
-            name = f"{result['model']} {row['name']}".strip()
-            cells = [_value(result, row, where, metric) for _, where, metric in columns]
-            backbone, mode = result["backbone"] or "-", result["train_mode"]
-            lines.append([name, backbone, mode, trained, *cells, f"{result['seconds']:.0f}"])
     title = f"{first['dataset']}, protocol {first['protocol']}, test on {first['test_users']} users"
     if first.get("split", _USUAL_SPLIT) != _USUAL_SPLIT:
         title += f", split {first['split']}"
     if first.get("limit_users"):
         title += f" (limit_users {first['limit_users']})"
+    if seeds > 1:
+        title += f", {seeds} seeds (mean ±standard error)"
     return f"{title}\n{format_rows(header, lines)}"
 
 
-def _trained(result: Mapping[str, Any]) -> str:
-    last = list(result["stages"].values())[-1] if result["stages"] else {}
-    count = f"{last['epochs']} ep" if last.get("epochs") else f"{last.get('steps', 0)} steps"
-    return f"{count}, {_EPOCHS_CUT.get(last.get('stopped', ''), '-')}"
+def _trained(line: Line) -> str:
+    """How the last stage of training ended, of all seeds where they ended alike."""
+    lasts = [list(result["stages"].values() or [{}])[-1] for result in line.results]
+    counts = [
+        f"{last['epochs']} ep" if last.get("epochs") else f"{last.get('steps', 0)} steps"
+        for last in lasts
+    ]
+    ends = dict.fromkeys(_EPOCHS_CUT.get(last.get("stopped", ""), "-") for last in lasts)
+    count = counts[0] if len({*counts}) == 1 else f"{len(counts)} seeds"
+    return f"{count}, {' or '.join(ends)}"

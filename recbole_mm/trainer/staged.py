@@ -57,7 +57,7 @@ class Position:
     validated_step: int = -1
     best_valid_result: dict[str, float] = field(default_factory=dict)
     without_better: int = 0  # validations in a row
-    stopped: str = ""  # why training ended: "epochs", "steps", "patience", "time"
+    stopped: str = ""  # why it ended: "epochs", "steps", "patience", "time", "given", "untrained"
     epoch_loss: float = 0.0
     seconds: float = 0.0
 
@@ -177,7 +177,10 @@ class StageLoop:
         """Trains to the end of the stage, from where an earlier attempt was saved."""
         self._go_on()
         if self.settings.weights_from:
-            return self._take(Path(self.settings.weights_from))
+            self._take(Path(self.settings.weights_from))
+            return self._leave("given")
+        if self.settings.epochs == 0:
+            return self._leave("untrained")
         if self.settings.validate_first and self.position.step == 0:
             self._validate()
         plan = self.stage.plan(self.position.epoch)
@@ -190,7 +193,7 @@ class StageLoop:
         return None
 
     def _take(self, run: Path) -> None:
-        """Weights of another run: nothing is left but to see what they are worth here."""
+        """Takes the weights of another run."""
         own, only = (run / name / "best" for name in (self.stage.name, ONLY_STAGE))
         folder = own if has_checkpoint(own) else only
         checkpoint = read_checkpoint(folder, self.trainer.device)
@@ -204,7 +207,10 @@ class StageLoop:
             raise UserError(
                 f"{key}: the weights in {folder} cannot be used, {error}: name another run."
             ) from error
-        self.position.stopped = "given"
+
+    def _leave(self, why: str) -> None:
+        """Trains nothing: all that is left is to see what the weights are worth here."""
+        self.position.stopped = why
         self._validate()
         self._save_last()
 

@@ -1,0 +1,177 @@
+"""The runs of one command: variants of a recipe, seeds, runs that others start from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recbole_mm.cli import main
+from recbole_mm.errors import UserError
+from recbole_mm.jobs import plan_jobs
+
+RECIPE = """
+model: {model}
+dataset: ml-100k
+seed: [1, 2]
+variants:
+  first: {{stages: [retriever]}}
+  second: {{stages: [retriever, ranker], retriever_from: first, beta: 0.5}}
+"""
+
+
+def recipe(folder: Path, text: str = "", model: str = "PRIME") -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(text or RECIPE.format(model=model))
+    return str(path)
+
+
+# --- the plan ---
+def test_every_variant_with_every_seed(tmp_path: Path) -> None:
+    jobs = plan_jobs([recipe(tmp_path)], {})
+    assert [(job.variant, job.keys["seed"]) for job in jobs] == [
+        ("first", 1), ("second", 1), ("first", 2), ("second", 2),
+    ]  # fmt: skip
+    assert {(job.model, job.dataset) for job in jobs} == {("PRIME", "ml-100k")}
+    assert jobs[1].keys == {"stages": ["retriever", "ranker"], "beta": 0.5, "seed": 1}
+    assert jobs[1].others == {"retriever_from": "first"}
+    assert jobs[0].others == {}
+
+
+def test_flags_stand_above_variants(tmp_path: Path) -> None:
+    flags = {"beta": "0.7", "seed": "5", "dataset": "mm-demo", "model": "LRURec,PRIME"}
+    jobs = plan_jobs([recipe(tmp_path)], flags)
+    assert [(job.model, job.variant) for job in jobs] == [
+        ("LRURec", "first"), ("LRURec", "second"), ("PRIME", "first"), ("PRIME", "second"),
+    ]  # fmt: skip
+    assert all(job.dataset == "mm-demo" and job.keys["seed"] == 5 for job in jobs)
+    assert jobs[1].keys["beta"] == "0.7"
+
+
+def test_a_variant_needs_those_it_starts_from_or_another_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'second' takes its retriever from 'first'"):
+        plan_jobs([recipe(tmp_path)], {"variants": "second"})
+    flags = {"retriever_from": "saved/x", "variants": "second", "seed": "1"}
+    (job,) = plan_jobs([recipe(tmp_path)], flags)
+    assert job.keys["retriever_from"] == "saved/x"
+    assert not job.others
+
+
+def test_without_a_recipe_there_is_one_run() -> None:
+    (job,) = plan_jobs([], {"epochs": "3"})
+    assert (job.model, job.dataset, job.variant) == ("PRIME", "mm-demo", None)
+    assert job.keys == {"epochs": "3"}
+
+
+@pytest.mark.parametrize("seeds", ["1,2", "[1, 2]", "(1,2)", [1, 2]])
+def test_seeds_in_every_form(seeds: Any) -> None:
+    assert [job.keys["seed"] for job in plan_jobs([], {"seed": seeds})] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "sentence"),
+    [
+        ("", {"variants": "frist"}, r"no variant 'frist' \(did you mean 'first'\?\): the recipe"),
+        ("seed: 1", {"variants": "first"}, "no recipe with variants is named"),
+        ("variants: [a, b]", {}, "variants: expected `name: {key: value}` lines"),
+        ("variants: {a: 3}", {}, "variants: expected `name: {key: value}` lines"),
+        ("variants: {a: {ranker_from: b}, b: {}}", {}, "'a' takes its ranker from 'b'"),
+        ("seed: [1, 1]", {}, "--seed is "),
+        ("seed: many", {}, "--seed is many: write a whole number"),
+        ("", {"seed": "1,-2"}, "--seed is 1,-2"),
+        ("", {"model": ","}, "--model names no model"),
+    ],
+)
+def test_what_cannot_be_planned(
+    tmp_path: Path, text: str, flags: dict[str, str], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        plan_jobs([recipe(tmp_path, text)], flags)
+
+
+# --- the runs ---
+QUICK = ["--user_inter_num_interval=[20,40]", "--show_progress=False", "--hidden_size=8"]
+TWO = """
+model: LRURec
+dataset: ml-100k
+seed: [1, 2]
+variants:
+  trained: {epochs: 2}
+  taken: {train_from: trained}
+  untrained: {train_epochs: 0}
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+    """The results of a small recipe, and the folder it ran in."""
+    place = tmp_path_factory.mktemp("jobs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        flags = [f"--config_files={recipe(place, TWO)}", "--result_file=r.json", *QUICK]
+        assert main(flags) == 0
+    return json.loads((place / "r.json").read_text()), place
+
+
+def test_results_name_their_variant_and_seed(
+    results: tuple[list[dict[str, Any]], Path],
+) -> None:
+    found = [(r["variant"], r["seed"]) for r in results[0]]
+    assert found == [(name, seed) for seed in (1, 2) for name in ("trained", "taken", "untrained")]
+
+
+def test_a_variant_starts_from_the_run_of_its_own_seed(
+    results: tuple[list[dict[str, Any]], Path],
+) -> None:
+    for trained, taken, _ in (results[0][:3], results[0][3:]):
+        assert taken["test"] == trained["test"]
+        assert taken["config"]["train_from"] == trained["run_dir"]
+        assert taken["stages"]["train"]["steps"] == 0
+    assert results[0][0]["test"] != results[0][3]["test"]
+
+
+def test_untrained_weights_are_those_of_the_seed(
+    results: tuple[list[dict[str, Any]], Path],
+) -> None:
+    one, other = results[0][2], results[0][5]
+    assert one["stages"]["train"]["steps"] == 0
+    assert one["stages"]["train"]["stopped"] == "untrained"
+    assert one["test"] != other["test"]
+    assert one["test"]["recall@20"] < results[0][0]["test"]["recall@20"]
+
+
+def test_resumed_it_reads_what_has_ended_and_ends_with_its_tables(
+    results: tuple[list[dict[str, Any]], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found, place = results
+    monkeypatch.chdir(place)
+    before = {path.name for path in (place / "saved").iterdir()}
+    flags = ["--config_files=recipe.yaml", "--resume", "--result_file=again.json", *QUICK]
+    assert main(flags) == 0
+    assert {path.name for path in (place / "saved").iterdir()} == before
+    assert json.loads((place / "again.json").read_text()) == found
+    said = capsys.readouterr().out + caplog.text  # nothing was run, so no log was begun
+    first, second = (found[i]["test"]["recall@25"] for i in (0, 3))
+    assert "2 seeds (mean ±standard error)" in said
+    rows = [line for line in said.splitlines() if line.startswith("LRURec untrained")]
+    (above,) = [line for line in said.splitlines() if line.startswith("LRURec trained")]
+    assert f"{(first + second) / 2:.4f} ±{abs(first - second) / 2:.4f}" in above
+    assert "recall@25 less that of LRURec trained, paired bootstrap over users" in said
+    assert len(rows) == 2
+    assert rows[1].split()[2].startswith("-0.")
+    assert "may be chance" not in rows[1]
+
+
+def test_the_last_variant_is_checked_before_the_first_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "model: LRURec\ndataset: ml-100k\nvariants:\n  a: {}\n  b: {dropuot_prob: 0.1}\n"
+    assert main([f"--config_files={recipe(tmp_path, text)}", *QUICK]) == 1
+    assert "no key 'dropuot_prob' (did you mean 'dropout_prob'?)" in capsys.readouterr().err
+    assert not (tmp_path / "saved").exists()
