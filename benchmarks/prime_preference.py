@@ -37,10 +37,10 @@ SETTINGS = {  # enough for a tiny retriever to move
 }
 
 
-def variants(betas: list[str], control: str) -> list[tuple[str, str]]:
+def variants(betas: list[str], controls: list[str]) -> list[tuple[str, str]]:
     """(labeler, beta) of every run of a seed; `none` first, with which the others are compared."""
     asked = [("ranker", beta) for beta in betas]
-    return [("none", "0"), *asked, ("random", control), ("truth", control)]
+    return [("none", "0"), *asked, *((name, b) for b in controls for name in ("random", "truth"))]
 
 
 def run(work: Path, name: str, flags: dict[str, str]) -> dict[str, Any]:
@@ -103,14 +103,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", default="2020,2021,2022")
     parser.add_argument("--betas", default="0.01,0.1,0.2,1")
-    parser.add_argument("--control", default="0.2", help="beta of random and truth")
+    parser.add_argument("--controls", default="0.2,1", help="betas of random and truth")
     parser.add_argument("--steps", default="60")
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--flags", nargs="*", default=[], help="more keys for every run, key=value")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    seeds, runs = args.seeds.split(","), variants(args.betas.split(","), args.control)
+    seeds, runs = args.seeds.split(","), variants(args.betas.split(","), args.controls.split(","))
     more = dict(flag.split("=", 1) for flag in args.flags)
     common = {"dataset": args.dataset, "show_progress": "False"}
     mine, parts = map(int, args.part.split("/"))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from recbole_mm import quick_start
+from recbole_mm.report.differences import difference_table
 from recbole_mm.report.table import format_rows, result_table
 
 METRICS = ("recall", "mrr", "ndcg", "hit")
@@ -223,3 +225,93 @@ def test_models_with_other_ks_share_the_columns_they_have_in_common() -> None:
 def test_another_split_stands_in_the_title() -> None:
     assert "split" not in result_table([result("Pop", split="LS/TO")])
     assert "split RS/RO" in result_table([result("Pop", split="RS/RO")])
+
+
+# --- variants and seeds ---
+def of_seeds(variant: str | None, bases: dict[int, float], **changes: Any) -> list[dict[str, Any]]:
+    return [
+        result("PRIME", base, variant=variant, seed=seed, **changes) for seed, base in bases.items()
+    ]
+
+
+def test_seeds_are_one_row_of_means_with_their_standard_errors() -> None:
+    table = result_table(of_seeds(None, {1: 0.10, 2: 0.12, 3: 0.17}))
+    (row,) = cells(table)
+    assert row["model"] == "PRIME"
+    # recall@10 is the base + 0.001: mean 0.131, deviation 0.03606, over the root of 3
+    assert row["recall@10"] == "0.1310 ±0.0208"
+    assert "3 seeds (mean ±standard error)" in table.splitlines()[0]
+
+
+def rows_of(bases: dict[str, float], chosen: str) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "chosen": name == chosen, "test": numbers(base), "test_protocols": {}}
+        for name, base in bases.items()
+    ]
+
+
+def test_what_variants_share_stands_once_and_their_results_always() -> None:
+    first = rows_of({"retriever": 0.1, "ranker": 0.2}, "ranker")
+    second = rows_of({"retriever": 0.1, "ranker": 0.3}, "ranker")
+    found = [
+        result("PRIME", variant=name, rows=rows, seed=1)
+        for name, rows in (("whole", first), ("text only", second), ("again", first))
+    ]
+    table = cells(result_table(found))
+    assert [row["model"] for row in table] == [
+        "PRIME whole: retriever",
+        "PRIME whole: ranker",
+        "PRIME text only: ranker",
+        "PRIME again: ranker",
+    ]
+
+
+def test_a_row_that_differs_in_one_seed_is_shown() -> None:
+    one = [
+        result("PRIME", variant="a", seed=seed, rows=rows_of({"r": 0.1, "x": 0.2}, "x"))
+        for seed in (1, 2)
+    ]
+    other = [
+        result("PRIME", variant="b", seed=seed, rows=rows_of({"r": base, "x": 0.2}, "x"))
+        for seed, base in ((1, 0.1), (2, 0.15))
+    ]
+    names = [row["model"] for row in cells(result_table([*one, *other]))]
+    assert names == ["PRIME a: r", "PRIME a: x", "PRIME b: r", "PRIME b: x"]
+    # killed after the first seed of the second: what is there is equal to what stands above
+    names = [row["model"] for row in cells(result_table([*one, other[0]]))]
+    assert names == ["PRIME a: r", "PRIME a: x", "PRIME b: x"]
+
+
+def test_seeds_that_ended_differently() -> None:
+    ends = [{"epochs": 7, "stopped": "patience"}, {"epochs": 9, "stopped": "time"}]
+    found = [
+        result("A", seed=seed, stages={"train": end}) for seed, end in enumerate(ends, start=1)
+    ]
+    (row,) = cells(result_table(found))
+    assert row["trained"] == "2 seeds, early stop or time up"
+
+
+def test_differences_are_to_the_first_row_over_the_same_users(tmp_path: Path) -> None:
+    """Two runs whose targets all stand first, or second for every other user."""
+    for name, places in (("good", [1] * 40), ("bad", [1, 2] * 20)):
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = [f"u{user}\t{place}" for user, place in enumerate(places)]
+        (folder / "places.tsv").write_text("\n".join(["user\tresult", *lines]) + "\n")
+        (folder / "result.json").write_text('{"rows": []}')
+    good, bad = (
+        result("A", variant=name, seed=1, run_dir=str(tmp_path / name)) for name in ("good", "bad")
+    )
+    table = difference_table([good, bad])
+    title, _, _, row = table.splitlines()
+    assert title == "ndcg@10 less that of A good, paired bootstrap over users, 95 %"
+    name, word, difference, low, high = row.split()
+    assert (name, word) == ("A", "bad")
+    expected = (1 / np.log2(3) - 1) / 2
+    assert difference == f"{expected:+.4f}"
+    assert float(low) < expected < float(high) < 0
+    assert difference_table([good, {**good, "variant": "same"}]).endswith("may be chance")
+    assert difference_table([good]) == ""
+    assert difference_table([{**good, "variant": None}, {**bad, "variant": None}]) == ""
+    (tmp_path / "bad" / "places.tsv").write_text("user\tresult\nother\t1\n")
+    assert "tested on different users" in difference_table([good, bad])

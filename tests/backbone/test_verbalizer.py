@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from recbole_mm.backbone.load import Backbone
 from recbole_mm.backbone.ranker import LetterRanker
@@ -133,6 +135,60 @@ def test_losses_and_gradients_are_the_naive_ones(supervise: str) -> None:
         torch.testing.assert_close(
             gradients[0][name], expected, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+# --- memory with a large vocabulary ---------------------------------------------------------------
+LARGE = 150_000  # tokens, about as many as Qwen2-VL's
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation returns while it is on."""
+
+    numel = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return out
+
+
+@pytest.fixture(scope="module")
+def wordy() -> Backbone:
+    """A tiny backbone with a large vocabulary."""
+    backbone: Any = backbone_of(seed=4)
+    backbone.model.resize_token_embeddings(LARGE, mean_resizing=False)
+    return backbone
+
+
+def largest(compute: Any) -> int:
+    with Largest() as seen:
+        compute()
+    return seen.numel
+
+
+def test_scoring_makes_nothing_of_the_vocabularys_size(wordy: Backbone) -> None:
+    ranker = ranker_of(wordy)
+    one_token_a_prompt = len(HISTORIES) * LARGE
+    assert largest(lambda: ranker.log_probs(HISTORIES, CANDIDATES)) < one_token_a_prompt
+    with torch.no_grad():
+        assert largest(lambda: stock_letter_logits(ranker)) > 50 * one_token_a_prompt
+
+
+@pytest.mark.parametrize("supervise", NAIVE)
+def test_training_makes_no_logits_of_all_tokens(wordy: Backbone, supervise: str) -> None:
+    """The largest thing is the gradient of the head's own weights, (vocabulary, D)."""
+    ranker = ranker_of(wordy, supervise=supervise)
+    weights = wordy.head.weight.numel()
+    tokens = sum(len(prompt) for prompt in ranker._write(HISTORIES, CANDIDATES))
+    assert tokens * LARGE > 2 * weights
+    found = largest(lambda: ranker.loss(HISTORIES, CANDIDATES, PLACES).backward())
+    assert found <= weights
+    wordy.zero_grad(set_to_none=True)
+    assert largest(lambda: NAIVE[supervise](ranker).backward()) > 2 * weights
+    wordy.zero_grad(set_to_none=True)
 
 
 def test_the_two_supervisions_differ() -> None:
