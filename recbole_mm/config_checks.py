@@ -35,7 +35,8 @@ _POSITIVE = (
 _POSITIVE_STAGED = ("eval_step",)
 _POSITIVE_OF_STAGE = ("learning_rate", "batch_size", "accumulate", "eval_step")
 _NOT_NEGATIVE_OF_STAGE = (
-    *("epochs", "max_steps", "warmup_steps", "eval_every", "valid_users", "clip_norm"),
+    *("epochs", "max_steps", "max_minutes", "warmup_steps", "eval_every", "valid_users"),
+    "clip_norm",
 )
 _NOT_NEGATIVE = ("seed", "worker")
 _SIZES = ("hidden_size", "n_layers", "n_heads", "inner_size", "embedding_size")

@@ -25,6 +25,7 @@ class StageSettings:
     weight_decay: float = 0.0
     adam_eps: float = 1e-8
     max_steps: int | None = None  # None: no cap beyond the epochs
+    max_minutes: float = 0.0  # ends at the first validation after so many; 0: never
     accumulate: int = 1  # plan entries a step
     clip_norm: float | None = None  # global L2 norm
     schedule: str = "constant"  # constant | linear | cosine (both fall to 0)
@@ -55,6 +56,7 @@ STAGE_KEYS: dict[str, Any] = {
     "weight_decay": 0.0,
     "adam_eps": 1e-8,
     "max_steps": 0,
+    "max_minutes": 0.0,
     "accumulate": 1,
     "clip_norm": 0.0,
     "clip_grad_norm": {"max_norm": 5.0},

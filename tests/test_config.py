@@ -454,15 +454,15 @@ def test_a_stage_can_have_its_own_of_each_setting() -> None:
     """Also of those that no YAML of the model has."""
     values: dict[str, object] = {
         "epochs": 3, "learning_rate": 0.5, "weight_decay": 0.25, "adam_eps": 1e-4, "max_steps": 7,
-        "accumulate": 2, "schedule": "linear", "warmup_steps": 4, "eval_every": 6, "eval_step": 8,
-        "stopping_step": 9, "valid_metric": "MRR@5", "valid_users": 11,
+        "max_minutes": 0.5, "accumulate": 2, "schedule": "linear", "warmup_steps": 4,
+        "eval_every": 6, "eval_step": 8, "stopping_step": 9, "valid_metric": "MRR@5", "valid_users": 11,
         "clip_grad_norm": {"max_norm": 12.0},
     }  # fmt: skip
     assert {*values, "clip_norm"} == {*STAGE_KEYS}
     given = config("PRIME", **{f"retriever_{key}": value for key, value in values.items()})
     found = stage_settings(given, given.model_class.stage_names)
     assert astuple(found["retriever"]) == (
-        *(3, 0.5, 0.25, 1e-4, 7, 2, 12.0, "linear", 4, 6, 8, 9, "mrr@5", 11, False, None),
+        *(3, 0.5, 0.25, 1e-4, 7, 0.5, 2, 12.0, "linear", 4, 6, 8, 9, "mrr@5", 11, False, None),
     )
     plain = config("PRIME")
     assert found["ranker"] == stage_settings(plain, ["ranker"])["ranker"]

@@ -88,7 +88,7 @@ def test_a_variant_runs_by_one_command(
 
 # --- the table of controls ---
 CONTROLS = (
-    *("full", "untrained", "text only", "masked candidates"),
+    *("full", "untrained", "text only", "masked candidates", "shuffled candidates"),
     *(f"labeler {name}" for name in ("none", "random", "truth", "ranker")),
 )
 
@@ -102,6 +102,7 @@ def test_the_controls_differ_in_what_they_are_called_after() -> None:
     assert by_name["untrained"]["ranker_epochs"] == 0
     assert "image" not in by_name["text only"]["attributes"]
     assert by_name["masked candidates"]["candidate_mask_history"] is True
+    assert by_name["shuffled candidates"]["candidate_order"] == "shuffled"
     for job in jobs[1:]:
         assert job.others["retriever_from"] == "full"
 

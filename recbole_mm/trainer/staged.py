@@ -311,7 +311,7 @@ class StageLoop:
         seconds = time.perf_counter() - started
         self.position.seconds += seconds
         self._report(score, result, seconds)
-        if 0 < 60 * (self.trainer.config["max_minutes"] or 0) < self.position.seconds:
+        if 0 < 60 * self.settings.max_minutes < self.position.seconds:
             self.position.stopped = self.position.stopped or "time"
         self._save_last()
 

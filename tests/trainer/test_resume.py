@@ -114,8 +114,9 @@ def test_a_finished_run_evaluates_again_in_a_fresh_process(tmp_path: Path) -> No
 
 
 def test_max_minutes_ends_training_and_still_tests(tmp_path: Path) -> None:
-    for model in ("LRURec", "BPR"):
-        result = run(tmp_path, f"--model={model}", "--epochs=500", "--max_minutes=0.02")
+    for model, key in (("LRURec", "max_minutes"), ("LRURec", "train_max_minutes"),
+                       ("BPR", "max_minutes")):  # fmt: skip
+        result = run(tmp_path, f"--model={model}", "--epochs=500", f"--{key}=0.02")
         assert result["stages"]["train"]["stopped"] == "time", model
         assert 0 < result["stages"]["train"]["epochs"] < 500
         assert result["test_users"] == 305
