@@ -455,8 +455,8 @@ def test_a_stage_can_have_its_own_of_each_setting() -> None:
     values: dict[str, object] = {
         "epochs": 3, "learning_rate": 0.5, "weight_decay": 0.25, "adam_eps": 1e-4, "max_steps": 7,
         "max_minutes": 0.5, "accumulate": 2, "schedule": "linear", "warmup_steps": 4,
-        "eval_every": 6, "eval_step": 8, "stopping_step": 9, "valid_metric": "MRR@5", "valid_users": 11,
-        "clip_grad_norm": {"max_norm": 12.0},
+        "eval_every": 6, "eval_step": 8, "stopping_step": 9, "valid_metric": "MRR@5",
+        "valid_users": 11, "clip_grad_norm": {"max_norm": 12.0},
     }  # fmt: skip
     assert {*values, "clip_norm"} == {*STAGE_KEYS}
     given = config("PRIME", **{f"retriever_{key}": value for key, value in values.items()})
