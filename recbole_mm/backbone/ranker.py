@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +136,12 @@ class LetterRanker(nn.Module):
             logits = self.verbalizer.logits(hidden, self.backbone.head, K)  # (b, S, K)
             out[rows] = logits.log_softmax(dim=2).cpu()
         return out
+
+    def encode_pictures(self, items: Iterable[int], show_progress: bool = False) -> None:
+        """With a frozen vision tower, encodes the pictures of all these items that are not yet
+        kept; a trained one encodes them anew in every step."""
+        if self.images.frozen:
+            self.images.encode_all(self.backbone.model, items, show_progress)
 
     def forget(self) -> None:
         """To be called when weights have changed: drops what was computed with the old ones."""

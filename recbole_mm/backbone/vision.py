@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from recbole_mm.backbone.families import Family, Grid, Pixels
 from recbole_mm.backbone.prompt import Prompt
 from recbole_mm.data.images import DIGEST, BadImageError, digest, read_bytes
 
 _ENCODE_AT_ONCE = 64  # pictures in one pass of the tower, so that memory does not grow with items
+_READERS = 4  # threads that decode pictures while there are many to encode
 
 
 class FeatureLog:
     """Append-only rows on disk by content: a killed job loses at most the record in flight.
 
     Each process appends to a pair of files of its own (rows in ``.bin``, their index in
-    ``.jsonl``), and reads those of all. A half-written index line is passed over.
+    ``.jsonl``), and reads those of all, memory-mapped. A half-written index line is passed over.
 
     Args:
         folder: made when the first rows are written.
@@ -39,6 +42,7 @@ class FeatureLog:
         self._bits = torch.int16 if dtype.itemsize == 2 else torch.int32
         self._bytes = width * dtype.itemsize  # of a row
         self._found: dict[str, tuple[Path, int, int, Grid]] = {}
+        self._maps: dict[Path, np.memmap[Any, np.dtype[np.uint8]]] = {}
         self._own = folder / uuid.uuid4().hex
         for index in sorted(folder.glob("*.jsonl")):
             self._found.update(self._read_index(index))
@@ -63,8 +67,11 @@ class FeatureLog:
         if key not in self._found:
             return None
         path, offset, rows, _ = self._found[key]
-        flat = np.fromfile(path, dtype=np.uint8, count=rows * self._bytes, offset=offset)
-        return torch.from_numpy(flat).view(self.dtype).view(rows, self.width)
+        end = offset + rows * self._bytes
+        if path not in self._maps or len(self._maps[path]) < end:  # or the file has grown since
+            self._maps[path] = np.memmap(path, dtype=np.uint8, mode="c")  # never written back
+        flat = torch.from_numpy(self._maps[path][offset:end])
+        return flat.view(self.dtype).view(rows, self.width)
 
     def append(self, key: str, grid: Grid, rows: Tensor) -> None:
         """Stores rows (n, width) under `key`."""
@@ -123,10 +130,29 @@ class ItemImages:
         """
         if torch.is_grad_enabled() and not self.frozen:
             return self.family.encode(model, [self._ready(item) for item in items])
-        missing = [item for item in items if item not in self._rows]
+        missing = [item for item in items if self._row(item) is None]
         for start in range(0, len(missing), _ENCODE_AT_ONCE):
             self._remember(model, missing[start : start + _ENCODE_AT_ONCE])
-        return [self._rows[item] for item in items]
+        return [self._kept(item) for item in items]
+
+    def encode_all(self, model: nn.Module, items: Iterable[int], show_progress: bool) -> None:
+        """Encodes, with a frozen tower, all those pictures that have no rows yet.
+
+        Args:
+            model: whose tower it is.
+            items: item ids; those without a picture are passed over.
+            show_progress: whether there is a bar.
+        """
+        everyone = list(items)
+        bar = tqdm(total=len(everyone), ncols=100, desc="Pictures", disable=not show_progress)
+        with bar, ThreadPoolExecutor(_READERS) as readers:
+            for start in range(0, len(everyone), _ENCODE_AT_ONCE):
+                part = everyone[start : start + _ENCODE_AT_ONCE]
+                rows = zip(part, readers.map(self._row, part), strict=True)
+                missing = [item for item, kept in rows if kept is None]
+                read = zip(missing, readers.map(self._read, missing), strict=True)
+                self._remember(model, [item for item, pixels in read if pixels is not None])
+                bar.update(len(part))
 
     def forget(self) -> None:
         """Drops kept rows of a trained tower, whose weights have changed."""
@@ -140,6 +166,17 @@ class ItemImages:
             return known
         pixels = self._read(item)
         return None if pixels is None else pixels.grid
+
+    def _row(self, item: int) -> Tensor | None:
+        """Rows that are at hand without reading a picture."""
+        key = self._key(item)
+        return self._rows.get(item) if self.log is None or key is None else self.log.read(key)
+
+    def _kept(self, item: int) -> Tensor:
+        rows = self._row(item)
+        if rows is None:
+            raise ValueError(f"item {item} has no picture")
+        return rows
 
     def _stored(self, item: int) -> Tensor | None:
         """Rows of the item's picture from the disk; opens it where its first file has none."""
@@ -180,21 +217,15 @@ class ItemImages:
 
     @torch.no_grad()
     def _remember(self, model: nn.Module, items: Sequence[int]) -> None:
-        new = []
-        for item in items:
-            stored = None if self.log is None else self._stored(item)
-            if stored is None:
-                new.append(item)
-            else:
-                self._rows[item] = stored
+        new = [item for item in items if self.log is None or self._stored(item) is None]
         if not new:
             return
-        for item, rows in zip(
-            new, self.family.encode(model, [self._ready(i) for i in new]), strict=True
-        ):
-            self._rows[item] = rows
+        found = self.family.encode(model, [self._ready(item) for item in new])
+        for item, rows in zip(new, found, strict=True):
             key = self._key(item)
-            if self.log is not None and key is not None:
+            if self.log is None or key is None:
+                self._rows[item] = rows
+            else:
                 self.log.append(key, self._ready(item).grid, rows)
                 self._pixels.pop(item)
 

@@ -101,6 +101,50 @@ def test_a_frozen_tower_encodes_each_picture_once_for_ever(
     assert passes == [3, 1]
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_all_pictures_are_encoded_at_once_and_what_is_there_is_not(
+    backbone: Backbone, tmp_path: Path, picture_files: Path, on_disk: bool
+) -> None:
+    """Items without a picture are passed over; a killed one goes on where it was."""
+    items = [1, 2, 3, 4, 5, 6, 7, 8]
+    log = log_of(tmp_path) if on_disk else None
+    with encoded(backbone) as passes:
+        images = frozen_of(backbone, picture_files, log)
+        images.encode_all(backbone.model, items[:3], show_progress=False)
+        images.encode_all(backbone.model, items, show_progress=False)
+        assert passes == [2, 4]
+        found = images.rows(backbone.model, list(PICTURES))
+        if on_disk:
+            again = frozen_of(backbone, picture_files, log_of(tmp_path))
+            again.encode_all(backbone.model, items, show_progress=False)
+    assert sum(passes) == len(PICTURES)
+    for mine, live in zip(found, live_rows(backbone, list(PICTURES)), strict=True):
+        torch.testing.assert_close(mine, live, atol=1e-5, rtol=1e-5)
+
+
+def test_a_bar_counts_the_items(
+    backbone: Backbone, picture_files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frozen_of(backbone, picture_files).encode_all(backbone.model, [1, 2, 3], show_progress=True)
+    said = capsys.readouterr().err
+    assert "Pictures: 100%" in said
+    assert "3/3" in said
+
+
+def test_rows_on_disk_are_mapped_and_not_held(
+    backbone: Backbone, tmp_path: Path, picture_files: Path
+) -> None:
+    images = frozen_of(backbone, picture_files, log_of(tmp_path))
+    first = [rows.clone() for rows in images.rows(backbone.model, [1, 3])]
+    images.rows(backbone.model, [4, 5])  # the file has grown since it was mapped
+    assert images._rows == {}
+    assert images._pixels == {}
+    assert all(map(torch.equal, images.rows(backbone.model, [1, 3]), first))
+    images.rows(backbone.model, [1])[0].zero_()  # a caller's mistake must not reach the file
+    (again,) = frozen_of(backbone, picture_files, log_of(tmp_path)).rows(backbone.model, [1])
+    assert torch.equal(again, first[0])
+
+
 def test_gradients_or_not_a_frozen_tower_has_no_graph(backbone: Backbone) -> None:
     (rows,) = frozen_of(backbone).rows(backbone.model, [1])
     assert torch.is_grad_enabled()

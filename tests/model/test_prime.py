@@ -15,7 +15,7 @@ from torch import Tensor
 from recbole_mm.data.demo import Sizes, make_demo
 from recbole_mm.errors import UserError
 from recbole_mm.model.layers.ranker_stage import RankerStage
-from recbole_mm.stage import UnfitWeightsError
+from recbole_mm.stage import StageContext, UnfitWeightsError
 from tests.backbone.conftest import saved_folder  # noqa: F401 (a fixture)
 from tests.model.prime_world import (
     HISTORY,
@@ -195,6 +195,30 @@ def adapted(mini: Path, folder: Path, **changes: Any) -> World:
         ranker_batch_size=2,
         **changes,
     )
+
+
+def test_a_frozen_tower_has_seen_every_picture_before_training(
+    mini: Path,
+    saved_folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    world = adapted(mini, saved_folder, cache_dir=str(tmp_path))
+    stage, backbone = world.stage(), world.model.ranker.backbone
+    passes: list[int] = []
+    tower = backbone.family.vision_tower(backbone.model)
+    tower.register_forward_hook(lambda *_: passes.append(1))
+    context = StageContext(world.rows("valid"), tmp_path, 0, torch.device("cpu"))
+    stage.prepare(context)
+    assert len(passes) == 1  # all pictures of the small shop together
+    stage.loss(stage.plan(0)[0]).backward()
+    world.model.eval()
+    world.model.rank(world.rows()[:3], torch.arange(1, K + 1).repeat(3, 1))
+    assert len(passes) == 1
+    fresh = adapted(mini, saved_folder, cache_dir=str(tmp_path))
+    again = fresh.model.ranker.backbone
+    again.family.vision_tower(again.model).register_forward_hook(lambda *_: passes.append(1))
+    fresh.stage().prepare(context)
+    assert len(passes) == 1
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])

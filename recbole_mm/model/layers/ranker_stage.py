@@ -125,6 +125,10 @@ class RankerStage(RankedStage):
             self._retrieve,
         )
 
+    def prepare(self, context: StageContext) -> None:
+        """A frozen vision tower encodes every picture now, and never again."""
+        self.ranker.encode_pictures(range(1, self.model.n_items), context.show_progress)
+
     def param_groups(self) -> list[dict[str, Any]]:
         """Biases and norms, that is all vectors, never decay."""
         trained = [p for p in self.module.parameters() if p.requires_grad]
