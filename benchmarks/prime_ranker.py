@@ -1,7 +1,7 @@
 """PRIME's ranker against the usual ways to compute it, and against generating its answer.
 
     python benchmarks/prime_ranker.py                  # a scaled-down Qwen2-VL, minutes on a CPU
-    python benchmarks/prime_ranker.py --sizes real --device cuda --dtype bfloat16
+    python benchmarks/prime_ranker.py --sizes real --device cuda --dtype bfloat16 --nf4
 
 The model is a Qwen2-VL with random weights. `--sizes scaled` keeps the real one's proportions: both
 towers have 1/6 of its width and 1/4 of its layers, the vocabulary is as large a share. Each part
@@ -13,6 +13,7 @@ ratios go to benchmarks/results/prime_ranker.json.
 - head: the K letters' rows of the head at the answer, or the whole vocabulary at every token.
 - batches: prompts of like length together, or as they come.
 - forks: two candidate sets behind one history, or a prompt for each.
+- rates: prompts a second, against the floor of a matrix product and, with `--nf4`, in 4 bits.
 - generation (the paper's figure 7): one forward pass and K letters, or a list of the K candidates
   generated token by token, as ids or as titles.
 """
@@ -23,8 +24,10 @@ import argparse
 import json
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +39,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recbole_mm.backbone.batch import collate
 from recbole_mm.backbone.families.qwen import Qwen2VL
-from recbole_mm.backbone.load import Backbone, BackboneSpec
+from recbole_mm.backbone.load import Backbone, BackboneSpec, load_backbone
 from recbole_mm.backbone.prompt import PromptStyle, PromptWriter
 from recbole_mm.backbone.ranker import LetterRanker
 from recbole_mm.backbone.tiny import TinySizes, build, train_tokenizer
 from recbole_mm.backbone.verbalizer import Verbalizer
 from recbole_mm.backbone.vision import ItemImages
+from recbole_mm.machine import peak_memory_mb, reset_peak_memory
 
 RESULTS = Path(__file__).resolve().parent / "results" / "prime_ranker.json"
 SIZES = {
@@ -91,8 +95,8 @@ class Shop:
         return Image.fromarray(rng.integers(0, 256, (168, 168, 3), dtype=np.uint8))
 
 
-def ranker_of(shop: Shop, args: argparse.Namespace, frozen: bool = True) -> LetterRanker:
-    """A ranker with random weights; `frozen` keeps the features of pictures."""
+def random_model(shop: Shop, args: argparse.Namespace) -> tuple[BackboneSpec, Any, Any]:
+    """A model with random weights, how it is described, and its tokenizer."""
     sizes = SIZES[args.sizes]
     texts = [value for line in shop.lines.values() for value in line.values()]
     tokenizer = train_tokenizer(
@@ -100,13 +104,32 @@ def ranker_of(shop: Shop, args: argparse.Namespace, frozen: bool = True) -> Lett
     )
     model = build(Qwen2VL, sizes, tokenizer, 0, "sdpa")
     if sizes.vocab_size > len(tokenizer):
-        model.resize_token_embeddings(sizes.vocab_size)
-    model.to(args.device, getattr(torch, args.dtype)).requires_grad_(False)
-    spec = BackboneSpec.from_mapping(
-        {"name": args.sizes, "family": "qwen2_vl", "model": "random", "is_tiny": True,
-         "min_pixels": 56 * 56, "max_pixels": 168 * 168}
-    )  # fmt: skip
-    backbone = Backbone(spec, model.eval(), tokenizer)
+        model.resize_token_embeddings(sizes.vocab_size, mean_resizing=False)
+    model.to(dtype=getattr(torch, args.dtype)).requires_grad_(False)
+    spec = BackboneSpec(
+        args.sizes, "qwen2_vl", "random", 56 * 56, 168 * 168, dtype=args.dtype, is_tiny=True
+    )
+    return spec, model, tokenizer
+
+
+def ranker_of(shop: Shop, args: argparse.Namespace, frozen: bool = True) -> LetterRanker:
+    """A ranker with random weights; `frozen` keeps the features of pictures."""
+    spec, model, tokenizer = random_model(shop, args)
+    return _ranker(shop, args, Backbone(spec, model.to(args.device).eval(), tokenizer), frozen)
+
+
+def quantised(shop: Shop, args: argparse.Namespace) -> LetterRanker:
+    """The same weights in NF4 with adapters, loaded from a folder as a user's are."""
+    spec, model, tokenizer = random_model(shop, args)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        spec = replace(spec, model=folder, is_tiny=False, quantize="nf4")
+        backbone = load_backbone(spec, [], STYLE.fixed_text(), 0).to(args.device)
+    return _ranker(shop, args, backbone.eval(), frozen=True)
+
+
+def _ranker(shop: Shop, args: argparse.Namespace, backbone: Backbone, frozen: bool) -> LetterRanker:
     images = ItemImages(backbone.family, shop.picture, lambda item: None, frozen)
     verbalizer = Verbalizer(backbone.encoder, K, backbone.family.answer_end)
     writer = PromptWriter(
@@ -258,9 +281,10 @@ def compare(name: str, ours: Way, other: Way, args: argparse.Namespace) -> dict[
 
 def flops(ranker: LetterRanker, q: Questions) -> float:
     """The floor of scoring the questions: two a weight of the language model and token."""
-    backbone = ranker.backbone
-    layers: Any = backbone.family.language_model(backbone.model)
-    weights = sum(p.numel() for p in layers.layers.parameters())
+    sizes = SIZES[ranker.backbone.spec.name]  # quantised weights do not tell their number
+    heads = sizes.hidden_size * (1 + sizes.kv_heads / sizes.heads)  # of queries and output; k, v
+    layer = 2 * sizes.hidden_size * heads + 3 * sizes.hidden_size * sizes.intermediate_size
+    weights = sizes.layers * layer
     tokens = sum(len(prompt) for prompt in ranker._write(q.histories, q.candidates))
     return 2.0 * weights * tokens
 
@@ -297,16 +321,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args,
         ),
     }
-    seconds = measure({"all": lambda: ranker.log_probs(q.histories, q.candidates)}, 3, args.device)
-    rate = flops(ranker, q) / seconds["all"]["median"]
-    peak = matmul_rate(args.device, getattr(torch, args.dtype))
-    floor = {
-        "prompts_per_second": round(args.prompts / seconds["all"]["median"], 2),
-        "gflop_per_second": round(rate / 1e9, 2),
-        "share_of_the_matmul_rate": round(rate / peak, 3),
+    rates = {"plain": rate(ranker, q, args)}
+    if args.nf4:
+        rates["nf4"] = rate(quantised(shop, args), q, args)
+    return {"parts": parts, "rates": rates, "generation": figure_7(args)}
+
+
+def rate(ranker: LetterRanker, q: Questions, args: argparse.Namespace) -> dict[str, float]:
+    """Prompts a second with pictures encoded before, the share of the floor, and memory."""
+    device = torch.device(args.device)
+    reset_peak_memory(device)
+    score = {"all": lambda: ranker.log_probs(q.histories, q.candidates)}
+    seconds = measure(score, 3, args.device)["all"]["median"]
+    done = flops(ranker, q) / seconds
+    found = {
+        "prompts_per_second": round(args.prompts / seconds, 2),
+        "gflop_per_second": round(done / 1e9, 2),
+        "share_of_the_matmul_rate": round(
+            done / matmul_rate(args.device, getattr(torch, args.dtype)), 3
+        ),
+        "peak_memory_mb": peak_memory_mb(device),
     }
-    print(floor, flush=True)
-    return {"parts": parts, "floor": floor, "generation": figure_7(args)}
+    print(found, flush=True)
+    return found
 
 
 def figure_7(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -341,6 +378,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=16_384, help="padded tokens of a batch")
+    parser.add_argument("--nf4", action="store_true", help="rates with 4-bit weights too")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()

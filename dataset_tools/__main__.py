@@ -1,4 +1,4 @@
-"""Makes datasets: `python -m dataset_tools table|demo --help`."""
+"""Makes datasets and checks them: `python -m dataset_tools table|demo|verify --help`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataset_tools import demo, table
+from dataset_tools import demo, table, verify
 from recbole_mm.errors import told
 
 # A converter is a module with a docstring, `add_arguments(parser)` and `run(arguments)`, which
@@ -17,6 +17,7 @@ CONVERTERS = {
     "table": table,
     "demo": demo,
 }
+CHECKS = {"verify": verify}  # modules of the same kind that make nothing
 _OUT = "dataset"  # where run_recbole_mm.py looks by itself
 
 
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(told(error), file=sys.stderr)
         return 1
-    print(f"Try: {_command(parsed.out, name)}")
+    if name is not None:
+        print(f"Try: {_command(parsed.out, name)}")
     return 0
 
 
@@ -45,22 +47,26 @@ def _command(out: str, name: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m dataset_tools", description="Makes datasets for RecBole-MM."
+        prog="python -m dataset_tools", description="Makes datasets for RecBole-MM and checks them."
     )
-    commands = parser.add_subparsers(required=True, metavar="|".join(CONVERTERS))
-    for name, converter in CONVERTERS.items():
-        text = (converter.__doc__ or "").strip()
+    known = {**CONVERTERS, **CHECKS}
+    commands = parser.add_subparsers(required=True, metavar="|".join(known))
+    for name, module in known.items():
+        text = (module.__doc__ or "").strip()
         command = commands.add_parser(
             name,
             help=text.splitlines()[0],
             description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("--out", default=_OUT, help=f"where datasets lie ({_OUT})")
-        command.add_argument("--force", action="store_true", help="replace the whole old folder")
+        if name in CONVERTERS:
+            command.add_argument("--out", default=_OUT, help=f"where datasets lie ({_OUT})")
+            command.add_argument(
+                "--force", action="store_true", help="replace the whole old folder"
+            )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        converter.add_arguments(command)
-        command.set_defaults(run=converter.run)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
     return parser
 
 
