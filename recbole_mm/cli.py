@@ -20,7 +20,8 @@ usage: run_recbole_mm.py --model=NAME[,NAME...] --dataset=NAME [--KEY=VALUE ...]
   --seed N[,N...]        several give the mean and its standard error
   --variants A,B         of a recipe that has variants; all of them by default
   --result_file PATH     write the result as JSON
-  --resume[=RUN_DIR]     go on with the newest unfinished run of this configuration, or with RUN_DIR
+  --resume[=RUN_DIR]     go on with the newest unfinished run of this configuration, or RUN_DIR; of
+                         several models, seeds or variants those that have ended are read back
   --load=RUN_DIR         evaluate a finished run again
   --debug                show the traceback of an error
   --KEY=VALUE            any key of the YAML files, e.g. --epochs=5 --backbone=tiny --seed=7
@@ -91,22 +92,25 @@ def _run(flags: dict[str, str]) -> None:
     if result_file is not None:
         _check_writable(result_file)
     results: list[dict[str, Any]] = []
+    files = _files(flags.get("config_files", ""))
     try:
         for result in _load(flags) if "load" in flags else _train(flags):
             results.append(result)  # noqa: PERF402 (each is kept if a later one fails)
     finally:
         if results:
-            _report(results, result_file)
+            _report(results, result_file, files)
 
 
-def _report(results: list[dict[str, Any]], result_file: str | None) -> None:
+def _report(results: list[dict[str, Any]], result_file: str | None, files: list[str]) -> None:
+    from recbole_mm.jobs import read_recipe
     from recbole_mm.quick_start import write_results
-    from recbole_mm.report.differences import difference_table
+    from recbole_mm.report.differences import difference_table, pair_table
     from recbole_mm.report.table import result_table
 
     if result_file:  # before anything that could fail
         write_results(result_file, results)
-    tables = [result_table(results), difference_table(results)]
+    pairs = read_recipe(files).get("compare")
+    tables = [result_table(results), difference_table(results), pair_table(results, pairs or [])]
     _tell("\n\n" + "\n\n".join(table for table in tables if table) + "\n")
     if result_file:
         _tell(f"Result: {result_file}")
@@ -144,15 +148,22 @@ def _load(flags: dict[str, str]) -> Iterator[dict[str, Any]]:
 
 def _train(flags: dict[str, str]) -> Iterator[dict[str, Any]]:
     from recbole_mm import quick_start  # RecBole and torch are only imported when there is work
-    from recbole_mm.jobs import plan_jobs, run_jobs
+    from recbole_mm.jobs import plan_jobs, read_recipe, run_jobs
 
     resume = flags.pop("resume", None)
     if resume:
         flags.pop("config_files", None)  # the run knows what stood there
+        if "variants" in flags:
+            raise UserError(f"--resume={resume} goes on with one run: leave --variants out.")
         yield quick_start.go_on(resume, flags)
         return
-    files = [name.strip() for name in flags.pop("config_files", "").split(",") if name.strip()]
-    yield from run_jobs(plan_jobs(files, flags), files, resume == "")
+    files = _files(flags.pop("config_files", ""))
+    yield from run_jobs(plan_jobs(read_recipe(files), flags), files, resume == "")
+
+
+def _files(text: str) -> list[str]:
+    """What `--config_files` names."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 if __name__ == "__main__":

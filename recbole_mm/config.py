@@ -287,7 +287,8 @@ class MMConfig(Config):
     def _for_this_model(self, path: Path) -> dict[str, Any]:
         content = read_yaml(path)
         per_model = content.pop("per_model", None)
-        content.pop("variants", None)  # whose keys `jobs` lays over the files
+        for key in ("variants", "compare"):  # of the whole command, see `jobs`
+            content.pop(key, None)
         return (
             content if per_model is None else _over(content, _own_keys(path, per_model, self._name))
         )

@@ -5,9 +5,12 @@ A recipe names variants, each with the keys in which it differs from the others:
     seed: [2020, 2021, 2022]
     variants:
       whole: {stages: [retriever, ranker]}
-      text only: {stages: [retriever, ranker], attributes: [title], retriever_from: whole}
+      title only: {stages: [retriever, ranker], attributes: [title], retriever_from: whole}
+    compare:
+      - ["whole:ranker", "title only:ranker"]
 
-Where `<stage>_from` names another variant, its run with the same seed is meant.
+Where `<stage>_from` names another variant, its run with the same seed is meant. `compare` names
+pairs of rows whose difference is printed at the end.
 """
 
 from __future__ import annotations
@@ -20,9 +23,16 @@ from typing import Any
 from recbole_mm.errors import UserError, nearest
 
 _DEFAULTS = {"model": "PRIME", "dataset": "mm-demo"}
-_OF_THE_COMMAND = ("model", "dataset", "seed", "variants")  # keys that are not of one run
+_OF_THE_COMMAND = (
+    "model",
+    "dataset",
+    "seed",
+    "variants",
+    "compare",
+)  # keys that are not of one run
 _FROM = "_from"
-Variants = Mapping[str | None, Mapping[str, Any]]
+Keys = dict[str, Any]
+Variants = Mapping[str | None, Keys]
 
 
 @dataclass(frozen=True)
@@ -44,36 +54,159 @@ class Job:
     others: Mapping[str, str]
 
 
-def plan_jobs(files: Sequence[str], flags: Mapping[str, Any]) -> list[Job]:
+# --- what a command says --------------------------------------------------------------------------
+
+
+def read_recipe(files: Sequence[str]) -> Keys:
+    """What YAML files or recipes say about the whole command, the last one's word."""
+    from recbole_mm.config import read_yaml
+    from recbole_mm.paths import recipe_or_path
+
+    merged: Keys = {}
+    for name in files:
+        merged.update(read_yaml(Path(recipe_or_path(name))))
+    return {k: merged[k] for k in _OF_THE_COMMAND if k in merged}
+
+
+def plan_jobs(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> list[Job]:
     """All runs in their order, seed by seed.
 
     Args:
-        files: YAML files or recipes, as `--config_files` names them.
-        flags: from the command line; they stand above a variant's keys.
+        recipe: see `read_recipe`.
+        flags: from the command line.
 
     Raises:
-        UserError: names or seeds that cannot be read, or a variant that needs another.
+        UserError: names or seeds that cannot be read, a flag that would undo a variant, or a
+            variant that needs another.
     """
-    recipe = _recipe(files)
+    _check_pairs(recipe)
     given = {**_DEFAULTS, **recipe, **flags}
     own = {k: v for k, v in flags.items() if k not in _OF_THE_COMMAND}
-    chosen = _variants(recipe.get("variants"), flags.get("variants"))
-    variants = {name: {**keys, **own} for name, keys in chosen.items()}
-    _check_order(variants, recipe.get("variants") or {})
+    variants = _variants(recipe, flags.get("variants"), own)
     seeds = [{"seed": seed} for seed in _seeds(given["seed"])] if "seed" in given else [{}]
     return [
         _job(model, str(given["dataset"]), variant, {**variants[variant], **seed}, variants)
         for seed in seeds
-        for model in _names(given["model"])
+        for model in _models(given["model"])
         for variant in variants
     ]
 
 
-def _job(
-    model: str, dataset: str, variant: str | None, keys: Mapping[str, Any], variants: Variants
-) -> Job:
-    others = {k: v for k, v in keys.items() if k.endswith(_FROM) and v in variants}
+def _check_pairs(recipe: Mapping[str, Any]) -> None:
+    """Raises `UserError` unless `compare` holds pairs of names."""
+    pairs = recipe.get("compare") or []
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)
+        for pair in pairs
+    ):
+        raise UserError('compare: expected lines such as - ["NAME:ROW", "NAME:ROW"].')
+
+
+def _job(model: str, dataset: str, variant: str | None, keys: Keys, variants: Variants) -> Job:
+    others = {k: v for k, v in keys.items() if _names_another(k, v, variants)}
     return Job(model, dataset, variant, {k: keys[k] for k in keys if k not in others}, others)
+
+
+def _names_another(key: str, value: Any, variants: Mapping[Any, Any]) -> bool:
+    return key.endswith(_FROM) and isinstance(value, str) and value in variants
+
+
+def _words(value: Any) -> list[str]:
+    """`A,B`, `[A, B]` or `(A, B)` on the command line, a list or any of these in YAML."""
+    if isinstance(value, list | tuple):
+        words = [str(word) for word in value]
+    else:
+        text = str(value).strip()
+        bare = text[1:-1] if text[:1] + text[-1:] in ("[]", "()") else text
+        words = bare.split(",")
+    return [word.strip() for word in words if word.strip()]
+
+
+def _models(value: Any) -> list[str]:
+    names = _words(value)
+    if not names:
+        raise UserError("--model names no model: write --model=PRIME, or several with commas.")
+    if len({*names}) < len(names):
+        raise UserError(f"--model: {', '.join(names)} names a model twice: name each once.")
+    return names
+
+
+def _seeds(value: Any) -> list[int]:
+    words = _words(value)
+    seeds = [int(word) for word in words if word.isdecimal()]
+    if not seeds or len(seeds) < len(words) or len({*seeds}) < len(seeds):
+        raise UserError(f"--seed is {value}: write a whole number, or several with commas.")
+    return seeds
+
+
+def _variants(recipe: Mapping[str, Any], asked: Any, flags: Keys) -> Variants:
+    """The variants to run with the flags above them; without a name where the recipe has none."""
+    if "variants" not in recipe:
+        if asked is not None:
+            raise UserError("--variants: no recipe with variants is named by --config_files.")
+        return {None: flags}
+    every = _read_variants(recipe["variants"])
+    named = list(every) if asked is None else _words(asked)
+    for name in named:
+        if name not in every:
+            raise UserError(
+                f"--variants: there is no variant '{name}'{nearest(name, every)}: the recipe has "
+                f"{', '.join(every)}."
+            )
+    if not named:
+        raise UserError(f"--variants names none: the recipe has {', '.join(every) or 'none'}.")
+    chosen = {name: keys for name, keys in every.items() if name in named}
+    for name, keys in chosen.items():
+        _refuse_undoing(name, keys, flags)
+    over: dict[str | None, Keys] = {name: {**keys, **flags} for name, keys in chosen.items()}
+    _check_order(over, every)
+    return over
+
+
+def _read_variants(found: Any) -> dict[str, Keys]:
+    """The recipe's variants by name."""
+    if not isinstance(found, dict) or not all(isinstance(v, dict | None) for v in found.values()):
+        raise UserError("variants: expected `name: {key: value}` lines in the recipe.")
+    every = {str(name): dict(keys or {}) for name, keys in found.items()}
+    for name, keys in every.items():
+        if "," in name or ":" in name:
+            raise UserError(f"variants: '{name}': a name has neither comma nor colon.")
+        if wrong := [key for key in keys if key in _OF_THE_COMMAND]:
+            raise UserError(
+                f"variants: '{name}' sets {wrong[0]}, which is of the whole command: write it "
+                "beside variants."
+            )
+    return every
+
+
+def _refuse_undoing(name: str, keys: Keys, flags: Keys) -> None:
+    """A flag that replaces what a variant is named after; another run's weights are welcome."""
+    for key in flags:
+        if key in keys and not key.endswith(_FROM):
+            raise UserError(
+                f"--{key}: variant '{name}' sets it to {keys[key]}: leave the flag out, or choose "
+                "other variants with --variants."
+            )
+
+
+def _check_order(chosen: Variants, every: Mapping[str, Keys]) -> None:
+    """Raises `UserError` where a variant takes weights of one that is not run before it."""
+    earlier: set[str | None] = set()
+    for name, keys in chosen.items():
+        for key, value in keys.items():
+            if not key.endswith(_FROM) or not isinstance(value, str) or value in earlier:
+                continue
+            takes = f"variant '{name}' takes its {key.removesuffix(_FROM)} from '{value}'"
+            if value in chosen:
+                raise UserError(f"variants: {takes}: put that above it in the recipe.")
+            if value in every:
+                raise UserError(f"--variants: {takes}: name that too.")
+            if not Path(value).exists() and (near := nearest(value, every)):
+                raise UserError(f"variants: {takes}, which is neither a variant nor a run{near}.")
+        earlier.add(name)
+
+
+# --- the runs -------------------------------------------------------------------------------------
 
 
 def run_jobs(
@@ -83,7 +216,7 @@ def run_jobs(
 
     Args:
         jobs: see `plan_jobs`.
-        files: the same as there.
+        files: YAML files or recipes, as `--config_files` names them.
         resume: take what has ended from the disk, and go on with what has not.
 
     Yields:
@@ -94,78 +227,55 @@ def run_jobs(
     """
     from recbole_mm import quick_start
 
-    for job in jobs:  # a mistake in the last should not cost the training of the first
-        quick_start.check(job.model, job.dataset, files, job.keys)
+    _check(jobs, files)
     folders: dict[tuple[str, Any, str | None], str] = {}
     for job in jobs:
         seed = job.keys.get("seed")
         given = {key: folders[job.model, seed, name] for key, name in job.others.items()}
-        keys = {**job.keys, **given}
-        result = quick_start.run(job.model, job.dataset, files, keys, resume, len(jobs) > 1)
+        keys, several = {**job.keys, **given}, len(jobs) > 1 or job.variant is not None
+        result = quick_start.run(job.model, job.dataset, files, keys, resume, several)
         folders[job.model, seed, job.variant] = result["run_dir"]
         yield {**result, "variant": job.variant}
 
 
-# --- what a command says --------------------------------------------------------------------------
+def _check(jobs: Sequence[Job], files: Sequence[str]) -> None:
+    """A mistake in the last run should not cost the training of those before it."""
+    from recbole_mm import quick_start
+
+    trained: dict[tuple[str, str | None], list[str]] = {}
+    for job in jobs:
+        if (job.model, job.variant) in trained:
+            continue  # another seed
+        try:
+            config = quick_start.check(job.model, job.dataset, files, job.keys)
+            names = list(getattr(config.model_class, "stage_names", ()))
+            _check_stages(job, list(config["stages"] or names), names, trained)
+        except UserError as error:
+            where = "" if job.variant is None else f"variant '{job.variant}': "
+            raise UserError(f"{where}{error}") from error
+        trained[job.model, job.variant] = list(config["stages"] or names)
 
 
-def _recipe(files: Sequence[str]) -> dict[str, Any]:
-    """What the files say about the whole command."""
-    from recbole_mm.config import read_yaml
-    from recbole_mm.paths import recipe_or_path
-
-    merged: dict[str, Any] = {}
-    for name in files:
-        merged.update(read_yaml(Path(recipe_or_path(name))))
-    return {k: merged[k] for k in _OF_THE_COMMAND if k in merged}
-
-
-def _words(value: Any) -> list[str]:
-    """`A,B` on the command line, `[A, B]` or `A,B` in YAML."""
-    words = value if isinstance(value, list) else str(value).strip("[]()").split(",")
-    return [str(word).strip() for word in words if str(word).strip()]
-
-
-def _names(models: Any) -> list[str]:
-    names = _words(models)
-    if not names:
-        raise UserError("--model names no model: write --model=PRIME, or several with commas.")
-    return names
-
-
-def _seeds(value: Any) -> list[int]:
-    seeds = _words(value)
-    if not seeds or not all(map(str.isdecimal, seeds)) or len(set(seeds)) < len(seeds):
-        raise UserError(f"--seed is {value}: write a whole number, or several with commas.")
-    return [int(seed) for seed in seeds]
-
-
-def _variants(recipe: Any, asked: Any) -> Variants:
-    """The variants to run; where the recipe has none, one without a name."""
-    if recipe is None:
-        if asked is not None:
-            raise UserError("--variants: no recipe with variants is named by --config_files.")
-        return {None: {}}
-    if not isinstance(recipe, dict) or not all(isinstance(v, dict) for v in recipe.values()):
-        raise UserError("variants: expected `name: {key: value}` lines in the recipe.")
-    named = list(recipe) if asked is None else _words(asked)
-    for name in named:
-        if name not in recipe:
+def _check_stages(
+    job: Job,
+    asked: Sequence[str],
+    names: Sequence[str],
+    trained: Mapping[tuple[str, str | None], Sequence[str]],
+) -> None:
+    """What a variant does not train itself must come from another one that does."""
+    for key, other in job.others.items():
+        stage = key.removesuffix(_FROM)
+        if stage not in names:
+            raise UserError(f"{job.model} has no stage '{stage}', so no key {key}.")
+        if stage not in trained[job.model, other]:
+            raise UserError(f"{key}: variant '{other}' has no stage {stage} among its stages.")
+    if job.variant is None or not names:
+        return
+    first = min(names.index(stage) for stage in asked)
+    taken = [key.removesuffix(_FROM) for key in (*job.keys, *job.others) if key.endswith(_FROM)]
+    for stage in names[:first]:
+        if stage not in taken:
             raise UserError(
-                f"--variants: there is no variant '{name}'{nearest(name, recipe)}: the recipe has "
-                f"{', '.join(recipe)}."
+                f"stages begin with {asked[0]}: name {stage} too, or a variant or run to take it "
+                f"from, {stage}{_FROM}."
             )
-    return {name: keys for name, keys in recipe.items() if name in named}
-
-
-def _check_order(chosen: Variants, recipe: Mapping[str, Any]) -> None:
-    """Raises `UserError` where a variant takes weights of one that is not run before it."""
-    earlier: set[str | None] = set()
-    for name, keys in chosen.items():
-        for key, other in keys.items():
-            if key.endswith(_FROM) and other in recipe and other not in earlier:
-                raise UserError(
-                    f"--variants: '{name}' takes its {key.removesuffix(_FROM)} from '{other}', "
-                    "which must be run before it: name that too."
-                )
-        earlier.add(name)

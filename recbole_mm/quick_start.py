@@ -17,7 +17,7 @@ from recbole_mm.config import VOLATILE_KEYS, MMConfig, parse_value
 from recbole_mm.errors import UserError, nearest
 from recbole_mm.report.places import PLACES, write_places
 from recbole_mm.trainer.checkpoint import write_json
-from recbole_mm.trainer.run import Run, check_given, check_same, earlier_run, newest_run
+from recbole_mm.trainer.run import Run, check_given, check_same, earlier_run, same_run
 
 # What a trained run can be evaluated with, beside the keys that change no number at all.
 _MEASURES = ("mask_history", "eval_candidates", "metrics", "topk", "valid_metric")
@@ -59,8 +59,8 @@ def run(
         config_files: YAML files or recipes.
         overrides: keys of the configuration; strings are parsed as flags are.
         resume: go on with the newest unfinished run of this configuration.
-        one_of_several: with `resume`, a finished run gives its stored result and a missing one is
-            started.
+        one_of_several: with `resume`, a finished run of the same stages gives its stored result
+            and a missing one is started.
 
     Returns:
         The result, as `--result_file` stores it.
@@ -71,8 +71,8 @@ def run(
     config = _configure(model, dataset, config_files, overrides)
     named = config["stages"] if "stages" in config.external_config_dict else ()
     if resume and one_of_several:
-        place = newest_run(config)
-        if place and place.state["status"] == "finished" and place.has_trained(config["stages"]):
+        place = same_run(config)
+        if place and place.state["status"] == "finished":
             return dict(json.loads((place.folder / "result.json").read_text(encoding="utf-8")))
         return _work(config, place or earlier_run(config, False, _earlier_stages(config)), named)
     return _work(config, earlier_run(config, resume, _earlier_stages(config)), named)
@@ -97,11 +97,16 @@ def go_on(folder: str, overrides: Mapping[str, Any] | None = None) -> dict[str, 
 
 def check(
     model: str, dataset: str, config_files: Iterable[str], overrides: Mapping[str, Any]
-) -> None:
-    """Raises `UserError` for what can be known to fail before anything is trained."""
+) -> MMConfig:
+    """The configuration of a run to come.
+
+    Raises:
+        UserError: what can be known to fail before anything is trained.
+    """
     config = _configure(model, dataset, config_files, overrides)
     if dataset not in DEMOS:
         ensure_dataset(config)
+    return config
 
 
 def _configure(

@@ -464,6 +464,9 @@ def test_a_stage_can_have_its_own_of_each_setting() -> None:
     assert astuple(found["retriever"]) == (
         *(3, 0.5, 0.25, 1e-4, 7, 0.5, 2, 12.0, "linear", 4, 6, 8, 9, "mrr@5", 11, False, None),
     )
+    capped = config("PRIME", max_minutes="0.25", retriever_max_minutes="0.5")
+    caps = stage_settings(capped, capped.model_class.stage_names)
+    assert {caps[name].max_minutes for name in caps} == {0.25}  # as epochs, it caps every stage
     plain = config("PRIME")
     assert found["ranker"] == stage_settings(plain, ["ranker"])["ranker"]
     assert given.hash() != plain.hash()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from recbole_mm.cli import main
+from recbole_mm.data.demo import Sizes, make_demo
 from recbole_mm.errors import UserError
-from recbole_mm.jobs import plan_jobs
+from recbole_mm.jobs import Job, plan_jobs, read_recipe
 
 RECIPE = """
 model: {model}
@@ -28,9 +30,13 @@ def recipe(folder: Path, text: str = "", model: str = "PRIME") -> str:
     return str(path)
 
 
+def jobs_of(folder: Path, flags: dict[str, Any], text: str = "") -> list[Job]:
+    return plan_jobs(read_recipe([recipe(folder, text)]), flags)
+
+
 # --- the plan ---
 def test_every_variant_with_every_seed(tmp_path: Path) -> None:
-    jobs = plan_jobs([recipe(tmp_path)], {})
+    jobs = jobs_of(tmp_path, {})
     assert [(job.variant, job.keys["seed"]) for job in jobs] == [
         ("first", 1), ("second", 1), ("first", 2), ("second", 2),
     ]  # fmt: skip
@@ -40,34 +46,46 @@ def test_every_variant_with_every_seed(tmp_path: Path) -> None:
     assert jobs[0].others == {}
 
 
-def test_flags_stand_above_variants(tmp_path: Path) -> None:
-    flags = {"beta": "0.7", "seed": "5", "dataset": "mm-demo", "model": "LRURec,PRIME"}
-    jobs = plan_jobs([recipe(tmp_path)], flags)
+def test_flags_stand_above_files_and_beside_variants(tmp_path: Path) -> None:
+    flags = {"epochs": "7", "seed": "5", "dataset": "mm-demo", "model": "LRURec,PRIME"}
+    jobs = jobs_of(tmp_path, flags)
     assert [(job.model, job.variant) for job in jobs] == [
         ("LRURec", "first"), ("LRURec", "second"), ("PRIME", "first"), ("PRIME", "second"),
     ]  # fmt: skip
     assert all(job.dataset == "mm-demo" and job.keys["seed"] == 5 for job in jobs)
-    assert jobs[1].keys["beta"] == "0.7"
+    assert jobs[1].keys["epochs"] == "7"
+    assert jobs[1].keys["beta"] == 0.5
 
 
 def test_a_variant_needs_those_it_starts_from_or_another_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'second' takes its retriever from 'first'"):
-        plan_jobs([recipe(tmp_path)], {"variants": "second"})
+        jobs_of(tmp_path, {"variants": "second"})
     flags = {"retriever_from": "saved/x", "variants": "second", "seed": "1"}
-    (job,) = plan_jobs([recipe(tmp_path)], flags)
+    (job,) = jobs_of(tmp_path, flags)
     assert job.keys["retriever_from"] == "saved/x"
     assert not job.others
 
 
 def test_without_a_recipe_there_is_one_run() -> None:
-    (job,) = plan_jobs([], {"epochs": "3"})
+    (job,) = plan_jobs({}, {"epochs": "3"})
     assert (job.model, job.dataset, job.variant) == ("PRIME", "mm-demo", None)
     assert job.keys == {"epochs": "3"}
 
 
+def test_names_are_texts_and_lists_no_names(tmp_path: Path) -> None:
+    text = "variants: {10: , no: {topk: [5], train_from: x}, 'full (masked)': {epochs: 1}}"
+    jobs = jobs_of(tmp_path, {}, text)
+    assert [job.variant for job in jobs] == ["10", "False", "full (masked)"]
+    for name in ("10", "full (masked)"):
+        (job,) = jobs_of(tmp_path, {"variants": name}, text)
+        assert job.variant == name
+    (job,) = jobs_of(tmp_path, {}, "variants: {a: {train_from: [a]}}")
+    assert not job.others
+
+
 @pytest.mark.parametrize("seeds", ["1,2", "[1, 2]", "(1,2)", [1, 2]])
 def test_seeds_in_every_form(seeds: Any) -> None:
-    assert [job.keys["seed"] for job in plan_jobs([], {"seed": seeds})] == [1, 2]
+    assert [job.keys["seed"] for job in plan_jobs({}, {"seed": seeds})] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +95,20 @@ def test_seeds_in_every_form(seeds: Any) -> None:
         ("seed: 1", {"variants": "first"}, "no recipe with variants is named"),
         ("variants: [a, b]", {}, "variants: expected `name: {key: value}` lines"),
         ("variants: {a: 3}", {}, "variants: expected `name: {key: value}` lines"),
-        ("variants: {a: {ranker_from: b}, b: {}}", {}, "'a' takes its ranker from 'b'"),
+        ("variants: {a: {ranker_from: b}, b: {}}", {}, "from 'b': put that above it in the recipe"),
+        ("variants: {a: {ranker_from: a}}", {}, "from 'a': put that above it"),
+        ("variants: {aa: {}, b: {ranker_from: Aa}}", {}, r"nor a run \(did you mean 'aa'\?\)"),
+        ("", {"beta": "0.7"}, "--beta: variant 'second' sets it to 0.5: leave the flag out"),
+        ("", {"stages": "retriever"}, "--stages: variant 'first' sets it to"),
+        ("variants: {a: {seed: 7}}", {}, "'a' sets seed, which is of the whole command"),
+        ("variants: {a: {model: BPR}}", {}, "'a' sets model, which is of the whole command"),
+        ("variants: {'a,b': {}}", {}, "a name has neither comma nor colon"),
+        ("variants: {'a:b': {}}", {}, "a name has neither comma nor colon"),
+        ("variants: {}", {}, "--variants names none: the recipe has none"),
+        ("", {"variants": ","}, "--variants names none: the recipe has first, second"),
+        ("compare: [a, b]", {}, "compare: expected lines such as"),
+        ("", {"seed": "1,01"}, "--seed is 1,01"),
+        ("", {"model": "BPR,BPR"}, "names a model twice"),
         ("seed: [1, 1]", {}, "--seed is "),
         ("seed: many", {}, "--seed is many: write a whole number"),
         ("", {"seed": "1,-2"}, "--seed is 1,-2"),
@@ -88,7 +119,7 @@ def test_what_cannot_be_planned(
     tmp_path: Path, text: str, flags: dict[str, str], sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
-        plan_jobs([recipe(tmp_path, text)], flags)
+        jobs_of(tmp_path, flags, text)
 
 
 # --- the runs ---
@@ -167,11 +198,81 @@ def test_resumed_it_reads_what_has_ended_and_ends_with_its_tables(
     assert "may be chance" not in rows[1]
 
 
-def test_the_last_variant_is_checked_before_the_first_is_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("model", "variants", "says"),
+    [
+        ("BPR", "a: {}, b: {train_from: a}", "variant 'b': BPR has no stage 'train'"),
+        ("LRURec", "a: {}, b: {trian_from: a}", "variant 'b': LRURec has no stage 'trian'"),
+        ("PRIME", "a: {stages: [retriever]}, b: {ranker_from: a}", "'a' has no stage ranker"),
+        ("PRIME", "a: {}, b: {stages: [ranker]}", "variant 'b': stages begin with ranker: name"),
+        ("LRURec", "a: {}, b: {dropuot_prob: 0.1}", "variant 'b': .*did you mean 'dropout_prob'"),
+    ],
+)
+def test_what_a_variant_starts_from_is_checked_before_the_first_is_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    variants: str,
+    says: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    text = "model: LRURec\ndataset: ml-100k\nvariants:\n  a: {}\n  b: {dropuot_prob: 0.1}\n"
-    assert main([f"--config_files={recipe(tmp_path, text)}", *QUICK]) == 1
-    assert "no key 'dropuot_prob' (did you mean 'dropout_prob'?)" in capsys.readouterr().err
+    text = f"model: {model}\ndataset: ml-100k\nbackbone: tiny\nvariants: {{{variants}}}\n"
+    assert main([f"--config_files={recipe(tmp_path, text)}", *QUICK[:2]]) == 1
+    said = capsys.readouterr().err
+    assert re.search(says, said), said
     assert not (tmp_path / "saved").exists()
+
+
+STAGED = """
+model: PRIME
+dataset: mini
+seed: 1
+variants:
+  alone: {stages: [retriever]}
+  ranked: {stages: [retriever, ranker]}
+"""
+
+
+def test_variants_that_differ_in_stages_alone_are_runs_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when resumed, and when a run of all stages has come between."""
+    monkeypatch.chdir(tmp_path)
+    shop = Sizes(30, (6, 8), aisles=1, shelves=6, staples=1, novelties=1, trials=3)
+    make_demo(tmp_path / "dataset" / "mini", sizes=shop)
+    quick = {"epochs": 1, "ranker_max_steps": 1, "preference_max_steps": 1, "backbone": "tiny"}
+    flags = [*(f"--{key}={value}" for key, value in {**quick, "show_progress": False}.items())]
+    command = [f"--config_files={recipe(tmp_path, STAGED)}", "--result_file=r.json", *flags]
+    assert main(command) == 0
+    first = json.loads((tmp_path / "r.json").read_text())
+    assert len({result["run_dir"] for result in first}) == 2
+    assert main(["--dataset=mini", "--seed=1", "--result_file=whole.json", *flags]) == 0
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    assert whole["config_hash"] == first[0]["config_hash"]
+    assert main([*command, "--resume"]) == 0
+    assert json.loads((tmp_path / "r.json").read_text()) == first
+    folder = Path(whole["run_dir"])
+    assert {**json.loads((folder / "result.json").read_text()), "variant": None} == whole
+    assert (folder / "preference" / "best").is_dir()
+
+
+def test_one_variant_that_has_ended_is_read_back(
+    results: tuple[list[dict[str, Any]], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, place = results
+    monkeypatch.chdir(place)
+    flags = ["--config_files=recipe.yaml", "--variants=trained", "--seed=1", *QUICK]
+    assert main([*flags, "--resume", "--result_file=one.json"]) == 0
+    assert json.loads((place / "one.json").read_text()) == found[0]
+
+
+def test_resuming_one_run_takes_no_variants(
+    results: tuple[list[dict[str, Any]], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found, place = results
+    monkeypatch.chdir(place)
+    assert main([f"--resume={found[0]['run_dir']}", "--variants=trained"]) == 1
+    assert "goes on with one run: leave --variants out" in capsys.readouterr().err

@@ -133,18 +133,60 @@ def test_a_side_of_several_runs_is_their_mean(runs: dict[str, dict], tmp_path: P
         side([folders[0], str(tmp_path)], "ndcg@10")
 
 
-def test_variants_of_a_result_file_are_compared_over_their_seeds(
+def test_what_a_result_file_holds_is_compared_over_its_seeds(
     runs: dict[str, dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    named = [{**runs["EASE"], "variant": "good"}, {**runs["Pop"], "variant": "good"}]
-    named.append({**runs["GRU4Rec"], "variant": None})
+    both = [{**runs[name], "model": "A", "variant": "good"} for name in ("EASE", "Pop")]
     file = tmp_path / "r.json"
-    file.write_text(json.dumps(named))
-    assert main(["--results", str(file), "good", "GRU4Rec", "--metric=recall@10"]) == 0
+    file.write_text(json.dumps([*both, {**runs["GRU4Rec"], "variant": None}]))
     mean = (runs["EASE"]["test"]["recall@10"] + runs["Pop"]["test"]["recall@10"]) / 2
-    assert f"users: {mean:.4f} and " in capsys.readouterr().out
-    assert main(["--results", str(file), "god", "Pop"]) == 1
-    assert "no variant or model 'god' (did you mean 'good'?)" in capsys.readouterr().err
-    file.write_text("nothing")
-    assert main(["--results", str(file), "good", "Pop"]) == 1
-    assert "is no result file" in capsys.readouterr().err
+    for name in ("good", "A", "A good"):
+        assert main(["--results", str(file), name, "GRU4Rec", "--metric=recall@10"]) == 0
+        assert f"users: {mean:.4f} and " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "says"),
+    [
+        ([{"model": "A", "run_dir": "x"}], "B", "no model or variant 'B'"),
+        (
+            [{"model": m, "variant": "v", "run_dir": "x"} for m in "AB"],
+            "v",
+            "'v' may be A v or B v: name one of them",
+        ),
+        (
+            [{"model": "A", "variant": v, "run_dir": "x"} for v in "vw"],
+            "A",
+            "'A' may be A v or A w",
+        ),
+        ([1, 2], "A", "is no result file of run_recbole_mm.py"),
+        ("nothing", "A", "is no result file of run_recbole_mm.py"),
+    ],
+)
+def test_names_that_mean_nothing_or_several_things(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: object, name: str, says: str
+) -> None:
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(content))
+    assert main(["--results", str(file), name, name]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_a_result_file_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--results", str(tmp_path / "none.json"), "a", "b"]) == 1
+    assert "none.json cannot be read" in capsys.readouterr().err
+    (tmp_path / "r.json").write_text("{")
+    assert main(["--results", str(tmp_path / "r.json"), "a", "b"]) == 1
+    assert "r.json is no JSON" in capsys.readouterr().err
+
+
+def test_a_metric_beyond_what_a_run_looked_at(
+    runs: dict[str, dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """General models look at 20 items; places beyond them are not known."""
+    folders = [runs[name]["run_dir"] for name in ("EASE", "Pop")]
+    assert main([*folders, "--metric=recall@20"]) == 0
+    assert main([*folders, "--metric=recall@25"]) == 1
+    assert "looked at 20 items a user: take no longer a metric" in capsys.readouterr().err

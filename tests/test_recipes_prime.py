@@ -11,7 +11,7 @@ import pytest
 from dataset_tools.__main__ import main as tools
 from recbole_mm.cli import main
 from recbole_mm.config import MMConfig
-from recbole_mm.jobs import plan_jobs
+from recbole_mm.jobs import plan_jobs, read_recipe
 from recbole_mm.paths import properties_dir
 from recbole_mm.report.lines import standard_error
 
@@ -88,23 +88,25 @@ def test_a_variant_runs_by_one_command(
 
 # --- the table of controls ---
 CONTROLS = (
-    *("full", "untrained", "text only", "masked candidates", "shuffled candidates"),
+    *("full", "untrained", "title only", "masked candidates", "shuffled candidates"),
     *(f"labeler {name}" for name in ("none", "random", "truth", "ranker")),
 )
 
 
 def test_the_controls_differ_in_what_they_are_called_after() -> None:
-    jobs = plan_jobs(["prime_controls"], {"seed": "1"})
+    jobs = plan_jobs(read_recipe(["prime_controls"]), {"seed": "1"})
     assert [job.variant for job in jobs] == list(CONTROLS)
     by_name = {job.variant: MMConfig(job.model, job.dataset, [], job.keys) for job in jobs}
     for name in ("none", "random", "truth", "ranker"):
         assert by_name[f"labeler {name}"]["labeler"] == name
     assert by_name["untrained"]["ranker_epochs"] == 0
-    assert "image" not in by_name["text only"]["attributes"]
+    assert "image" not in by_name["title only"]["attributes"]
     assert by_name["masked candidates"]["candidate_mask_history"] is True
     assert by_name["shuffled candidates"]["candidate_order"] == "shuffled"
     for job in jobs[1:]:
         assert job.others["retriever_from"] == "full"
+    for pair in read_recipe(["prime_controls"])["compare"]:
+        assert {name.partition(":")[0] for name in pair} <= {*CONTROLS}
 
 
 @pytest.mark.slow
@@ -129,15 +131,15 @@ def test_the_ranker_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """On mm-demo over three seeds: above the retriever, and above itself without pictures, by more
     than twice the standard error of the difference."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--config_files=prime_controls", "--variants=full,text only", "--show_progress=False"]
+    flags = ["--config_files=prime_controls", "--variants=full,title only", "--show_progress=False"]
     assert main([*flags, "--result_file=r.json"]) == 0
-    found: dict[str, list[float]] = {"retriever": [], "full": [], "text only": []}
+    found: dict[str, list[float]] = {"retriever": [], "full": [], "title only": []}
     for result in json.loads((tmp_path / "r.json").read_text()):
         found[result["variant"]].append(result["test"]["ndcg@10"])
         if result["variant"] == "full":
             (row,) = [row for row in result["rows"] if row["name"] == "retriever"]
             found["retriever"].append(row["test"]["ndcg@10"])
-    for other in ("retriever", "text only"):
+    for other in ("retriever", "title only"):
         gaps = [a - b for a, b in zip(found["full"], found[other], strict=True)]
         assert len(gaps) == 3
         assert statistics.mean(gaps) > 2 * standard_error(gaps), other

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from recbole_mm import quick_start
-from recbole_mm.report.differences import difference_table
+from recbole_mm.report.differences import difference_table, pair_table, shared_metric
 from recbole_mm.report.table import format_rows, result_table
 
 METRICS = ("recall", "mrr", "ndcg", "hit")
@@ -279,7 +279,7 @@ def test_a_row_that_differs_in_one_seed_is_shown() -> None:
     assert names == ["PRIME a: r", "PRIME a: x", "PRIME b: r", "PRIME b: x"]
     # killed after the first seed of the second: what is there is equal to what stands above
     names = [row["model"] for row in cells(result_table([*one, other[0]]))]
-    assert names == ["PRIME a: r", "PRIME a: x", "PRIME b: x"]
+    assert names == ["PRIME a: r", "PRIME a: x", "PRIME b: x (1 of 2 seeds)"]
 
 
 def test_seeds_that_ended_differently() -> None:
@@ -291,27 +291,84 @@ def test_seeds_that_ended_differently() -> None:
     assert row["trained"] == "2 seeds, early stop or time up"
 
 
+def test_a_stage_that_ended_by_time_is_told() -> None:
+    stages = {"retriever": {"epochs": 3, "stopped": "time"}, "ranker": {"steps": 9}}
+    (row,) = cells(result_table([result("PRIME", stages=stages)]))
+    assert row["trained"] == "9 steps, -, retriever: time up"
+
+
+def test_rows_that_lack_seeds_say_so() -> None:
+    found = [*of_seeds("a", {1: 0.1, 2: 0.2}), *of_seeds("b", {1: 0.3})]
+    names = [row["model"] for row in cells(result_table(found))]
+    assert names == ["PRIME a", "PRIME b (1 of 2 seeds)"]
+    assert "equal rows of variants once" in result_table(found).splitlines()[0]
+
+
+# --- differences ---
+def left(folder: Path, places: list[int], **changes: Any) -> dict[str, Any]:
+    """The result of a run that left these places, one a user."""
+    folder.mkdir()
+    lines = [f"u{user}\t{place}" for user, place in enumerate(places)]
+    (folder / "places.tsv").write_text("\n".join(["user\tresult", *lines]) + "\n")
+    (folder / "result.json").write_text('{"rows": []}')
+    return result("A", run_dir=str(folder), **{"seed": 1, **changes})
+
+
+ALL, HALF = [1] * 40, [1, 2] * 20  # the target is always first, or second for every other user
+EXPECTED = (1 / np.log2(3) - 1) / 2  # the difference in ndcg
+
+
 def test_differences_are_to_the_first_row_over_the_same_users(tmp_path: Path) -> None:
-    """Two runs whose targets all stand first, or second for every other user."""
-    for name, places in (("good", [1] * 40), ("bad", [1, 2] * 20)):
-        folder = tmp_path / name
-        folder.mkdir()
-        lines = [f"u{user}\t{place}" for user, place in enumerate(places)]
-        (folder / "places.tsv").write_text("\n".join(["user\tresult", *lines]) + "\n")
-        (folder / "result.json").write_text('{"rows": []}')
-    good, bad = (
-        result("A", variant=name, seed=1, run_dir=str(tmp_path / name)) for name in ("good", "bad")
-    )
-    table = difference_table([good, bad])
-    title, _, _, row = table.splitlines()
+    good = left(tmp_path / "good", ALL, variant="good")
+    bad = left(tmp_path / "bad", HALF, variant="bad")
+    title, _, _, row = difference_table([good, bad]).splitlines()
     assert title == "ndcg@10 less that of A good, paired bootstrap over users, 95 %"
     name, word, difference, low, high = row.split()
     assert (name, word) == ("A", "bad")
-    expected = (1 / np.log2(3) - 1) / 2
-    assert difference == f"{expected:+.4f}"
-    assert float(low) < expected < float(high) < 0
+    assert difference == f"{EXPECTED:+.4f}"
+    assert float(low) < EXPECTED < float(high) < 0
     assert difference_table([good, {**good, "variant": "same"}]).endswith("may be chance")
     assert difference_table([good]) == ""
     assert difference_table([{**good, "variant": None}, {**bad, "variant": None}]) == ""
     (tmp_path / "bad" / "places.tsv").write_text("user\tresult\nother\t1\n")
-    assert "tested on different users" in difference_table([good, bad])
+    assert "tested different users" in difference_table([good, bad])
+
+
+def test_only_seeds_that_both_have_are_compared(tmp_path: Path) -> None:
+    """A killed command: the second seed of the first variant is better than all."""
+    first = left(tmp_path / "a1", HALF, variant="a")
+    more = left(tmp_path / "a2", ALL, variant="a", seed=2)
+    other = left(tmp_path / "b1", HALF, variant="b")
+    row = difference_table([first, more, other]).splitlines()[-1]
+    assert row.split()[:3] == ["A", "b", "+0.0000"]
+    late = left(tmp_path / "c3", HALF, variant="c", seed=3)
+    assert "A c" not in difference_table([first, more, other, late])
+
+
+def test_protocols_are_not_mixed(tmp_path: Path) -> None:
+    full = left(tmp_path / "a", HALF, variant="a")
+    few = left(tmp_path / "b", ALL, variant="b", protocol="cand20")
+    assert difference_table([full, few]) == ""
+    assert pair_table([full, few], [["b", "a"]]) == ""
+
+
+def test_a_metric_is_one_that_all_runs_have(tmp_path: Path) -> None:
+    long = numbers(0.1, (10, 25))
+    first = left(tmp_path / "a", ALL, variant="a", test=long, valid_metric="NDCG@25")
+    assert shared_metric([first]) == "ndcg@25"
+    second = left(tmp_path / "b", HALF, variant="b")
+    assert shared_metric([first, second]) == "ndcg@10"
+    assert difference_table([first, second]).startswith("ndcg@10 less that of A a")
+    assert shared_metric([{**first, "valid_metric": "giniindex@10"}]) is None
+
+
+def test_pairs_of_a_recipe(tmp_path: Path) -> None:
+    good = left(tmp_path / "good", ALL, variant="good")
+    bad = left(tmp_path / "bad", HALF, variant="bad")
+    pairs = [["bad", "good"], ["bad", "not run"], ["A good", "good"]]
+    title, _, _, one, other = pair_table([good, bad], pairs).splitlines()
+    assert title == "ndcg@10 of pairs, paired bootstrap over users, 95 %"
+    assert one.split()[:4] == ["bad", "less", "good", f"{EXPECTED:+.4f}"]
+    assert other.startswith("A good less good")
+    assert pair_table([good, bad], []) == ""
+    assert "has no row 'ranker'" in pair_table([good, bad], [["bad:ranker", "good"]])

@@ -1,12 +1,13 @@
 """Where each test user's target stood: the file a run leaves, and the comparison of two runs by it.
 
     python -m recbole_mm.report.places RUN[:ROW] RUN[:ROW] [--metric ndcg@10]
-    python -m recbole_mm.report.places --results FILE VARIANT[:ROW] VARIANT[:ROW]
+    python -m recbole_mm.report.places --results FILE NAME[:ROW] NAME[:ROW]
 
 Two models are compared on the same users: each user's value by the first less that by the second,
 and the mean of these differences is resampled over users (paired bootstrap). Several runs of one
-side, such as other seeds, are given with commas: a user's value is then their mean. With the result
-file of a recipe, its variants (or models) are named instead, each with all its seeds.
+side, such as other seeds, are given with commas: a user's value is then their mean. With a result
+file, what it holds is named instead, each with all its seeds: a model, a variant of a recipe, or
+both ("PRIME whole:ranker").
 """
 
 from __future__ import annotations
@@ -161,6 +162,7 @@ def side(runs: Sequence[str], metric: str) -> dict[str, float]:
     for run in runs:
         places = read_places(run)
         found.append(dict(zip(places, values(np.array([*places.values()]), metric), strict=True)))
+        _check_reach(run, metric)
         if found[-1].keys() != found[0].keys():
             raise UserError(f"{run} tested other users than the runs before it: compare like runs.")
     if not found:
@@ -179,24 +181,57 @@ def compare_sides(one: Mapping[str, float], other: Mapping[str, float]) -> Compa
     return compare(np.array([*one.values()]), np.array([other[user] for user in one]))
 
 
-def _named(names: str, results: str | None) -> list[str]:
-    """The runs that a side names: their folders with commas, or a variant of a result file."""
+def named(results: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+    """The results of one model or variant, a seed each.
+
+    Args:
+        results: as a result file holds them.
+        name: `MODEL`, `VARIANT` or `MODEL VARIANT`, perhaps with `:ROW` behind.
+
+    Raises:
+        UserError: there is none of this name, or several.
+    """
+    bare, known = name.partition(":")[0], dict[str, list[Mapping[str, Any]]]()
+    for result in results:
+        model, variant = str(result["model"]), result.get("variant")
+        for key in {model, str(variant or model), f"{model} {variant or ''}".strip()}:
+            known.setdefault(key, []).append(result)
+    found = known.get(bare, [])
+    if not found:
+        raise UserError(
+            f"There is no model or variant '{bare}'{nearest(bare, known)} among the results: there "
+            f"are {', '.join(known)}."
+        )
+    whole = dict.fromkeys(f"{r['model']} {r.get('variant') or ''}".strip() for r in found)
+    if len(whole) > 1:
+        raise UserError(f"'{bare}' may be {' or '.join(whole)}: name one of them.")
+    return found
+
+
+def _runs(names: str, results: str | None) -> list[str]:
+    """The runs that a side names: their folders with commas, or something of a result file."""
     if results is None:
         return [name for name in names.split(",") if name]
     try:
         found = json.loads(Path(results).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--results: {results} cannot be read ({error.strerror}).") from error
     except ValueError as error:
-        raise UserError(f"{results} is no result file: it is no JSON ({error}).") from error
+        raise UserError(f"--results: {results} is no JSON ({error}).") from error
     found = found if isinstance(found, list) else [found]
-    name, colon, row = names.partition(":")
-    runs = [f"{r['run_dir']}{colon}{row}" for r in found if name in (r.get("variant"), r["model"])]
-    if not runs:
-        known = dict.fromkeys(str(r.get("variant") or r["model"]) for r in found)
-        raise UserError(
-            f"{results} has no variant or model '{name}'{nearest(name, known)}: it has "
-            f"{', '.join(known)}."
-        )
-    return runs
+    if not all(isinstance(result, dict) and "run_dir" in result for result in found):
+        raise UserError(f"--results: {results} is no result file of run_recbole_mm.py.")
+    row = names.partition(":")[2]
+    return [f"{r['run_dir']}:{row}" if row else r["run_dir"] for r in named(found, names)]
+
+
+def _check_reach(run: str, metric: str) -> None:
+    """Raises `UserError` where a run looked at shorter lists than the metric does."""
+    folder = Path(run.partition(":")[0])
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    longest, k = max(result.get("config", {}).get("topk") or [0]), int(metric.partition("@")[2])
+    if 0 < longest < k:
+        raise UserError(f"{folder} looked at {longest} items a user: take no longer a metric.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -207,15 +242,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("first", help="RUN[:ROW], several with commas")
     parser.add_argument("second", help="the same")
-    parser.add_argument("--results", help="a result file, whose variants or models are compared")
+    parser.add_argument("--results", help="a result file, whose models or variants are compared")
     parser.add_argument("--metric", default="ndcg@10", help="recall@k, hit@k, ndcg@k or mrr@k")
     args = parser.parse_args(arguments)
     try:
         one, other = (
-            side(_named(names, args.results), args.metric) for names in (args.first, args.second)
+            side(_runs(names, args.results), args.metric) for names in (args.first, args.second)
         )
         found = compare_sides(one, other)
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(told(error), file=sys.stderr)
         return 1
     print(

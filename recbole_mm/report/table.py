@@ -92,7 +92,8 @@ def _table(results: Sequence[Mapping[str, Any]]) -> str:
     seeds = len({result.get("seed") for result in results})
     lines = [
         [
-            *(line.name, line.results[0]["backbone"] or "-", line.results[0]["train_mode"]),
+            _label(line, seeds),
+            *(line.results[0]["backbone"] or "-", line.results[0]["train_mode"]),
             _trained(line),
             *(_value(line, where, name) for _, where, name in columns),
             f"{statistics.mean(result['seconds'] for result in line.results):.0f}",
@@ -106,11 +107,26 @@ def _table(results: Sequence[Mapping[str, Any]]) -> str:
         title += f" (limit_users {first['limit_users']})"
     if seeds > 1:
         title += f", {seeds} seeds (mean ±standard error)"
+    if len({result.get("variant") for result in results}) > 1:
+        title += ", equal rows of variants once"
     return f"{title}\n{format_rows(header, lines)}"
 
 
+def _label(line: Line, seeds: int) -> str:
+    """Its name, and the number of its seeds where a killed command has left some out."""
+    count = len(line.results)
+    return line.name if count == seeds else f"{line.name} ({count} of {seeds} seeds)"
+
+
 def _trained(line: Line) -> str:
-    """How the last stage of training ended, of all seeds where they ended alike."""
+    """How the last stage of training ended, of all seeds where they ended alike, and which stages
+    before it ended by time alone."""
+    cut = dict.fromkeys(
+        stage
+        for result in line.results
+        for stage in list(result["stages"])[:-1]
+        if result["stages"][stage].get("stopped") == "time"
+    )
     lasts = [list(result["stages"].values() or [{}])[-1] for result in line.results]
     counts = [
         f"{last['epochs']} ep" if last.get("epochs") else f"{last.get('steps', 0)} steps"
@@ -118,4 +134,5 @@ def _trained(line: Line) -> str:
     ]
     ends = dict.fromkeys(_EPOCHS_CUT.get(last.get("stopped", ""), "-") for last in lasts)
     count = counts[0] if len({*counts}) == 1 else f"{len(counts)} seeds"
-    return f"{count}, {' or '.join(ends)}"
+    early = "".join(f", {stage}: time up" for stage in cut)
+    return f"{count}, {' or '.join(ends)}{early}"

@@ -136,9 +136,13 @@ def _runs(root: Path, config: Any) -> Iterator[Run]:
             yield Run.open(folder)
 
 
-def newest_run(config: Any) -> Run | None:
-    """The newest run of this very configuration, finished or not."""
-    return next(runs_of(Path(config["checkpoint_dir"]), config), None)
+def same_run(config: Any) -> Run | None:
+    """A run of this very configuration that was asked for the same stages: the newest finished
+    one, else the newest of those that were stopped."""
+    runs = runs_of(Path(config["checkpoint_dir"]), config)
+    same = [run for run in runs if run.has_trained(config["stages"])]
+    finished = [run for run in same if run.state["status"] == "finished"]
+    return next(iter(finished or same), None)
 
 
 def earlier_run(config: Any, resume: bool, earlier_stages: list[str]) -> Run | None:

@@ -15,7 +15,8 @@ _FIELDS = {"eval_step": "eval_epochs", "stopping_step": "patience"}
 def stage_settings(config: Any, names: Iterable[str]) -> dict[str, StageSettings]:
     """The settings of each stage.
 
-    `epochs` caps every stage, as RecBole's users expect of one flag; what is off is 0 in YAML.
+    `epochs` and `max_minutes` cap every stage, as RecBole's users expect of one flag; what is off
+    is 0 in YAML.
 
     Args:
         config: anything with `config[key]` that gives None for a missing key.
@@ -32,6 +33,8 @@ def _one(config: Any, stage: str) -> StageSettings:
         if value is not None and key != "clip_grad_norm":
             values[_FIELDS.get(key, key)] = value
     values["epochs"] = min(values["epochs"], config["epochs"])
+    caps = (values.get("max_minutes"), config["max_minutes"])
+    values["max_minutes"] = min((cap for cap in caps if cap), default=0.0)
     values["valid_metric"] = str(values["valid_metric"]).lower()
     values["clip_norm"] = _clip_norm(config, stage, values.get("clip_norm"))
     for off in ("max_steps", "valid_users"):

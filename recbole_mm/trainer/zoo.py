@@ -113,6 +113,7 @@ class ZooMixin(EvaluationMixin):
             self.load_best()
         result = Trainer.evaluate(self, eval_data, load_best_model=False)  # type: ignore[arg-type]
         self.all_results = {"labeled": {k: float(v) for k, v in result.items()}}
+        self.places = None  # nothing is ranked
         return self.all_results["labeled"]
 
     # --- saving and going on
