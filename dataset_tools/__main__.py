@@ -1,4 +1,4 @@
-"""Makes datasets and checks them: `python -m dataset_tools table|demo|verify --help`."""
+"""Makes datasets and checks them: `python -m dataset_tools --help`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dataset_tools import demo, table, verify
+from dataset_tools.amazon import RELEASES, Converter
 from recbole_mm.errors import told
 
-# A converter is a module with a docstring, `add_arguments(parser)` and `run(arguments)`, which
-# returns the dataset's name.
-CONVERTERS = {
+# A converter has a docstring, `add_arguments(parser)` and `run(arguments)`, which returns the
+# dataset's name: a module, or an object where several sources are read alike.
+CONVERTERS: dict[str, Any] = {
     "table": table,
+    **{release.name: Converter(release) for release in RELEASES},
     "demo": demo,
 }
 CHECKS = {"verify": verify}  # modules of the same kind that make nothing

@@ -1,0 +1,103 @@
+"""Reading the sources' big files of one record a line: a line at a time, and safely.
+
+Sources are what strangers wrote: a line that is no record is counted and passed over; a file that
+is cut off, or that unpacks to far more than it should, is an error.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from recbole_mm.errors import UserError
+
+LONGEST_LINE = 1 << 20  # bytes; a product's record has some thousand
+_MOST_TIMES = 200  # unpacked bytes a packed one: text has ten, a bomb a thousand
+_FREE = 1 << 24  # unpacked bytes before that counts
+_CHUNK = 1 << 16
+
+Record = dict[str, Any]
+
+
+def records(path: Path, bad: Counter[str]) -> Iterator[Record]:
+    """The records of a file `.json`, `.jsonl`, or either with `.gz`, with a bar over its bytes.
+
+    Lines are JSON objects or, as in Amazon's files of 2014, Python's literals.
+
+    Args:
+        path: the file.
+        bad: counts lines that are neither, by what is wrong.
+
+    Raises:
+        UserError: the file is missing, cut off, no gzip, or unpacks to far too much.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
+    with path.open("rb") as file, _bar(path) as bar:
+        try:
+            for line in _lines(file, path, bar):
+                record = _record(line, bad)
+                if record is not None:
+                    yield record
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(
+                f"{path} cannot be unpacked ({error}): it was cut off or is no gzip file; "
+                "download it again."
+            ) from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def _bar(path: Path) -> Any:
+    return tqdm(total=path.stat().st_size, unit="B", unit_scale=True, ncols=100, desc=path.name)
+
+
+def _lines(file: IO[bytes], path: Path, bar: Any) -> Iterator[bytes]:
+    """Lines without their breaks; a line that is too long is given up to the limit."""
+    source: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+    seen, cut = 0, False
+    while line := source.readline(LONGEST_LINE):
+        seen += len(line)
+        at = file.tell()
+        bar.update(at - bar.n)
+        if seen > _FREE and seen > _MOST_TIMES * at:
+            raise UserError(
+                f"{path} unpacks to more than {_MOST_TIMES} times its size: this is no file of "
+                "its source; it was not read."
+            )
+        begins, cut = not cut, not line.endswith(b"\n")
+        if begins:  # what follows a cut is the rest of the same line
+            yield line
+
+
+def _record(line: bytes, bad: Counter[str]) -> Record | None:
+    if len(line) >= LONGEST_LINE:
+        bad["longer than a megabyte"] += 1
+        return None
+    if not line.strip():
+        return None
+    try:
+        text = line.decode("utf-8")
+        value = _literal(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        bad["neither JSON nor a Python literal"] += 1
+        return None
+    if not isinstance(value, dict):
+        bad["no record of named values"] += 1
+        return None
+    return value
+
+
+def _literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return ast.literal_eval(text.strip())
