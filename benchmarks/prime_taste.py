@@ -51,8 +51,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "prime_taste.json"
 STYLE = PromptStyle("Next?", ("image",), 8)  # as `tiny` writes prompts
 K, HISTORY, PIXELS = 20, 3, 56 * 56
-LESSONS = (2, 4, 8, K)  # candidates; the next when the last was learnt
-LEARNT = 0.9  # share of right answers in the last `WINDOW` steps
+LESSONS = (2, 4, 6, 8, 10, 12, 14, 16, 18, K)  # candidates; the next when the last was learnt
+LEARNT = 0.8  # share of right answers in the last `WINDOW` steps
 WINDOW = 20
 BATCH = 32
 TASTE = Sizes(appeal=1.0, taste=30.0)  # nothing appeals to all, a favourite 30 times as much
