@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dataset_tools import demo, table, verify
+from dataset_tools import demo, movielens, table, verify
 from dataset_tools.amazon import RELEASES, Converter
 from recbole_mm.errors import told
 
@@ -18,6 +18,7 @@ from recbole_mm.errors import told
 CONVERTERS: dict[str, Any] = {
     "table": table,
     **{release.name: Converter(release) for release in RELEASES},
+    "movielens": movielens,
     "demo": demo,
 }
 CHECKS = {"verify": verify}  # modules of the same kind that make nothing
