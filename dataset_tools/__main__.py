@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dataset_tools import demo, movielens, table, verify
+from dataset_tools import demo, microlens, movielens, table, verify
 from dataset_tools.amazon import RELEASES, Converter
 from recbole_mm.errors import told
 
@@ -19,6 +19,7 @@ CONVERTERS: dict[str, Any] = {
     "table": table,
     **{release.name: Converter(release) for release in RELEASES},
     "movielens": movielens,
+    "microlens": microlens,
     "demo": demo,
 }
 CHECKS = {"verify": verify}  # modules of the same kind that make nothing

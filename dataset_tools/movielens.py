@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> str:
     ids = list(events.items)
     kept = [ids[code] for code in pd.unique(rows[ITEM]).tolist()]
     items = read_movies(movies, variant, set(kept), bad)
-    images = _posters(Path(posters), kept) if posters else []
+    images = pictures_by_id(Path(posters), kept) if posters else []
     notes = [f"left out, {why}: {count:,}" for why, count in sorted(bad.items())]
     content = Content(events.decoded(rows), items, images, notes)
     write_dataset(folder, content, _command(arguments), arguments.force)
@@ -189,12 +189,12 @@ def read_movies(path: Path, variant: Variant, wanted: set[str], bad: Counter[str
     return pd.DataFrame(found.values(), columns=[ITEM, "title", "categories"], dtype=object)
 
 
-def _posters(folder: Path, movies: Sequence[str]) -> list[tuple[str, Path]]:
-    """A picture for each movie that has a file; ids are numbers, but who knows."""
+def pictures_by_id(folder: Path, items: Sequence[str]) -> list[tuple[str, Path]]:
+    """A file `ID.jpg` (or .png, …) for each item that has one; ids are numbers, but who knows."""
     found = []
-    for movie in movies:
-        files = (folder / f"{movie}{suffix}" for suffix in _SUFFIXES) if movie.isalnum() else ()
-        found += [(safe_token(movie), file) for file in files if file.is_file()][:1]
+    for item in items:
+        files = (folder / f"{item}{suffix}" for suffix in _SUFFIXES) if item.isalnum() else ()
+        found += [(safe_token(item), file) for file in files if file.is_file()][:1]
     return found
 
 

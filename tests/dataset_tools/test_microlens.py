@@ -1,0 +1,97 @@
+"""MicroLens: files in the release's form, covers, and what is broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dataset_tools.__main__ import main
+from recbole_mm.data.atomic import read_images, read_table, read_text
+
+PAIRS = "user,item,timestamp\n7,12,1662983998\n7,11,1662983000\n9,12,1662980000\n"
+TITLES = 'item,title\n11,"Rice, again # food"\n12,Duck, spicy # funny\n99,Never seen\n'
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    folder = tmp_path / "raw"
+    (folder / "MicroLens-50k_covers").mkdir(parents=True)
+    (folder / "MicroLens-50k_pairs.csv").write_text(PAIRS)
+    (folder / "MicroLens-50k_titles.csv").write_text(TITLES)
+    Image.new("RGB", (9, 9), "red").save(folder / "MicroLens-50k_covers" / "12.jpg")
+    return folder
+
+
+def make(raw: Path, out: Path, *flags: str) -> int:
+    words = ["microlens", "--variant=50k", f"--raw_dir={raw}", f"--out={out}", "--min_inter=1"]
+    return main([*words, *flags])
+
+
+def interactions(folder: Path) -> list[list[str]]:
+    header, rows = read_table(folder / f"{folder.name}.inter")
+    assert [name for name, _ in header] == ["user_id", "item_id", "timestamp"]
+    return [cells for _, cells in rows]
+
+
+def test_pairs_with_times_titles_and_covers(raw: Path, tmp_path: Path) -> None:
+    assert make(raw, tmp_path / "out") == 0
+    folder = tmp_path / "out" / "microlens-50k"
+    rows = interactions(folder)
+    assert rows == [["7", "11", "1662983000"], ["7", "12", "1662983998"], ["9", "12", "1662980000"]]
+    _, texts = read_text(folder / "microlens-50k.text")
+    assert dict(texts) == {"11": ["Rice, again # food"], "12": ["Duck, spicy # funny"]}
+    assert [item for item, _ in read_images(folder / "microlens-50k.image")] == ["12"]
+    assert make(raw, tmp_path / "bare", "--no-images") == 0
+    assert not (tmp_path / "bare" / "microlens-50k" / "images").exists()
+
+
+def test_sequences_where_there_are_no_times(raw: Path, tmp_path: Path) -> None:
+    (raw / "MicroLens-50k_pairs.csv").rename(raw / "kept_away.csv")
+    (raw / "MicroLens-50k_pairs.tsv").write_text("7\t12 11 12\n9\t11\n8\t\n")
+    assert make(raw, tmp_path / "out") == 0
+    assert interactions(tmp_path / "out" / "microlens-50k") == [
+        ["7", "12", "1"], ["7", "11", "2"], ["7", "12", "3"], ["9", "11", "1"],
+    ]  # fmt: skip
+
+
+def test_lines_that_cannot_be_read_are_counted(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (raw / "MicroLens-50k_pairs.csv").open("a") as file:
+        file.write("1,2\n,2,3\n1,,3\n1,2,soon\n\n")
+    with (raw / "MicroLens-50k_titles.csv").open("a") as file:
+        file.write("alone\n")
+    assert make(raw, tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "interactions: 3" in said
+    assert "left out, pairs that cannot be read: 4" in said
+    assert "left out, titles that cannot be read: 1" in said
+
+
+def test_mistakes_are_one_sentence(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (raw / "MicroLens-50k_titles.csv").unlink()
+    assert make(raw, tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert "has no MicroLens-50k_titles.csv or MicroLens-50k_title_en.csv" in said
+    (raw / "MicroLens-50k_titles.csv").write_text(TITLES)
+    (raw / "MicroLens-50k_pairs.csv").write_text("nothing\n")
+    assert make(raw, tmp_path / "out") == 1
+    assert "has no user with items" in capsys.readouterr().err
+
+
+def test_the_real_sequences_give_the_papers_users(shared_data: Path, tmp_path: Path) -> None:
+    """Put into the release's form."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    source = shared_data / "microlens-50k"
+    lines = (source / "sequences.tsv").read_text().splitlines()[1:]
+    (raw / "MicroLens-50k_pairs.tsv").write_text("\n".join(lines) + "\n")
+    (raw / "MicroLens-50k_titles.csv").write_text(TITLES)
+    assert make(raw, tmp_path, "--min_inter=6,5", "--force") == 0
+    rows = interactions(tmp_path / "microlens-50k")
+    assert len({row[0] for row in rows}) == 25_411
+    assert len(rows) == 220_472
