@@ -50,8 +50,8 @@ from recbole_mm.data.demo_pictures import LOOKS, OUTLINES, draw_product
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "prime_taste.json"
 STYLE = PromptStyle("Next?", ("image",), 8)  # as `tiny` writes prompts
-K, HISTORY, PIXELS = 20, 3, 56 * 56
-LESSONS = (2, 4, 6, 8, 10, 12, 14, 16, 18, K)  # candidates; the next when the last was learnt
+K, HISTORY, PIXELS = 10, 3, 56 * 56
+LESSONS = (2, 4, 6, 8, K)  # candidates; the next when the last was learnt
 LEARNT = 0.8  # share of right answers in the last `WINDOW` steps
 WINDOW = 20
 BATCH = 32
