@@ -1,7 +1,8 @@
-"""PRIME's ranker against the usual ways to compute it, and against generating its answer.
+r"""PRIME's ranker against the usual ways to compute it, and against generating its answer.
 
     python benchmarks/prime_ranker.py                  # a scaled-down Qwen2-VL, minutes on a CPU
-    python benchmarks/prime_ranker.py --sizes real --device cuda --dtype bfloat16 --nf4
+    python benchmarks/prime_ranker.py --sizes real --device cuda --dtype bfloat16 \
+        --tokens 16384 --nf4
 
 The model is a Qwen2-VL with random weights. `--sizes scaled` keeps the real one's proportions: both
 towers have 1/6 of its width and 1/4 of its layers, the vocabulary is as large a share. Each part
@@ -11,7 +12,7 @@ ratios go to benchmarks/results/prime_ranker.json.
 - tower: small pictures through our vision tower, or through that of `transformers` as it is.
 - pictures: features of the frozen tower read from the cache, or every picture encoded anew.
 - head: the K letters' rows of the head at the answer, or the whole vocabulary at every token.
-- batches: prompts of like length together, or as they come.
+- batches: prompts of like length together, or as they come; four times as many, eight a batch.
 - forks: two candidate sets behind one history, or a prompt for each.
 - rates: prompts a second, against the floor of a matrix product and, with `--nf4`, in 4 bits.
 - generation (the paper's figure 7): one forward pass and K letters, or a list of the K candidates
@@ -301,7 +302,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """All parts; the result."""
     shop = Shop(args.items, 8)
     q, ranker = Questions(args.prompts, args.items), ranker_of(shop, args)
-    live = ranker_of(shop, args)
+    live, many = ranker_of(shop, args), Questions(4 * args.prompts, args.items)
     cached, anew = pictures(ranker, live, q)
     ours, stock = tower(ranker_of(shop, args), ranker_of(shop, args), 256)
     parts = {
@@ -310,8 +311,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "head": compare("letters' rows of the head", cached, lambda: whole_head(ranker, q), args),
         "batches": compare(
             "prompts of like length",
-            lambda: ranker.log_probs(q.histories, q.candidates),
-            lambda: as_they_come(ranker, q, 4),
+            lambda: ranker.log_probs(many.histories, many.candidates),
+            lambda: as_they_come(ranker, many, 8),
             args,
         ),
         "forks": compare(
@@ -377,7 +378,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=400)
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=16_384, help="padded tokens of a batch")
+    parser.add_argument("--tokens", type=int, default=4096, help="padded tokens of a batch")
     parser.add_argument("--nf4", action="store_true", help="rates with 4-bit weights too")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)

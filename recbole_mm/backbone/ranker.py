@@ -23,7 +23,7 @@ from recbole_mm.data.images import ImageStore
 from recbole_mm.errors import UserError
 
 Ints = NDArray[np.int64]
-_WORTH_SHARING = 0.25  # of a set's tokens: a shorter history is quicker read again for each set
+_WORTH_SHARING = 0.5  # of a set's tokens: a shorter history is quicker read again for each set
 SUPERVISE = ("letter", "letter_eos")
 
 
