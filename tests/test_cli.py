@@ -123,6 +123,20 @@ def test_candidates_are_the_same_for_every_model(
     assert ease["test"]["recall@10"] > 0.4
 
 
+def test_labelled_pairs_have_no_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context-aware model tells clicks from others and ranks nothing; beside one that ranks."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model=Pop,FM", "--seed=1,2", "--epochs=1", "--result_file=r.json", *SMALL]
+    assert main(flags) == 0
+    results = json.loads((tmp_path / "r.json").read_text())
+    protocols = [(r["model"], r["seed"], r["protocol"]) for r in results]
+    assert protocols == [
+        ("Pop", 1, "full"), ("FM", 1, "labeled"), ("Pop", 2, "full"), ("FM", 2, "labeled"),
+    ]  # fmt: skip
+    assert Path(results[0]["run_dir"], "places.tsv").is_file()
+    assert not Path(results[1]["run_dir"], "places.tsv").is_file()
+
+
 def test_help_and_import_cost_nothing() -> None:
     code = (
         "import sys, recbole_mm, recbole_mm.cli as c; assert c.main(['--help']) == 0; "
