@@ -25,7 +25,7 @@ class StageSettings:
     weight_decay: float = 0.0
     adam_eps: float = 1e-8
     max_steps: int | None = None  # None: no cap beyond the epochs
-    max_minutes: float = 0.0  # ends at the first validation after so many; 0: never
+    max_minutes: float = 0.0  # ends after so many, validations included; 0: never
     accumulate: int = 1  # plan entries a step
     clip_norm: float | None = None  # global L2 norm
     schedule: str = "constant"  # constant | linear | cosine (both fall to 0)

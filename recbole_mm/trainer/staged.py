@@ -271,6 +271,8 @@ class StageLoop:
     def _after_step(self) -> None:
         position, settings = self.position, self.settings
         # Whatever ends the stage is settled before the validation that saves the position.
+        if 0 < 60 * settings.max_minutes < position.seconds:
+            position.stopped = "time"
         if settings.max_steps and position.step >= settings.max_steps:
             position.stopped = "steps"
         if position.stopped or (settings.eval_every and position.step % settings.eval_every == 0):
@@ -311,8 +313,6 @@ class StageLoop:
         seconds = time.perf_counter() - started
         self.position.seconds += seconds
         self._report(score, result, seconds)
-        if 0 < 60 * self.settings.max_minutes < self.position.seconds:
-            self.position.stopped = self.position.stopped or "time"
         self._save_last()
 
     def _judge(self, score: float, result: Result) -> None:
