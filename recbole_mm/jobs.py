@@ -232,8 +232,16 @@ def run_jobs(
     for job in jobs:
         seed = job.keys.get("seed")
         given = {key: folders[job.model, seed, name] for key, name in job.others.items()}
-        keys, several = {**job.keys, **given}, len(jobs) > 1 or job.variant is not None
-        result = quick_start.run(job.model, job.dataset, files, keys, resume, several)
+        alone = job.variant is None  # of variants each has a run of its own
+        result = quick_start.run(
+            job.model,
+            job.dataset,
+            files,
+            {**job.keys, **given},
+            resume,
+            one_of_several=len(jobs) > 1 or not alone,
+            may_extend=alone,
+        )
         folders[job.model, seed, job.variant] = result["run_dir"]
         yield {**result, "variant": job.variant}
 

@@ -50,6 +50,7 @@ def run(
     overrides: Mapping[str, Any] | None = None,
     resume: bool = False,
     one_of_several: bool = False,
+    may_extend: bool = True,
 ) -> dict[str, Any]:
     """Trains and tests one model.
 
@@ -61,6 +62,7 @@ def run(
         resume: go on with the newest unfinished run of this configuration.
         one_of_several: with `resume`, a finished run of the same stages gives its stored result
             and a missing one is started.
+        may_extend: whether that may go on with a run of the first of its stages.
 
     Returns:
         The result, as `--result_file` stores it.
@@ -71,8 +73,9 @@ def run(
     config = _configure(model, dataset, config_files, overrides)
     named = config["stages"] if "stages" in config.external_config_dict else ()
     if resume and one_of_several:
-        place = same_run(config)
-        if place and place.state["status"] == "finished":
+        place = same_run(config, may_extend)
+        finished = place is not None and place.state["status"] == "finished"
+        if place and finished and place.has_trained(config["stages"]):
             return dict(json.loads((place.folder / "result.json").read_text(encoding="utf-8")))
         return _work(config, place or earlier_run(config, False, _earlier_stages(config)), named)
     return _work(config, earlier_run(config, resume, _earlier_stages(config)), named)

@@ -91,6 +91,11 @@ class Run:
         """Whether these stages, and none after them, are what the run was last asked for."""
         return list(self.state.get("asked") or ()) == list(stages or ())
 
+    def begins(self, stages: Sequence[str]) -> bool:
+        """Whether what the run was last asked for is the first of these stages."""
+        asked = list(self.state.get("asked") or ())
+        return bool(asked) and asked == list(stages)[: len(asked)]
+
     def require_done(self, stages: Sequence[str]) -> None:
         """Raises `UserError` unless these stages have been trained to their end."""
         missing = [name for name in stages if not self.is_done(name)]
@@ -136,13 +141,20 @@ def _runs(root: Path, config: Any) -> Iterator[Run]:
             yield Run.open(folder)
 
 
-def same_run(config: Any) -> Run | None:
+def same_run(config: Any, or_shorter: bool = False) -> Run | None:
     """A run of this very configuration that was asked for the same stages: the newest finished
-    one, else the newest of those that were stopped."""
-    runs = runs_of(Path(config["checkpoint_dir"]), config)
+    one, else the newest of those that were stopped.
+
+    Args:
+        config: of the experiment.
+        or_shorter: else one that was asked for the first of these stages, to go on with.
+    """
+    runs = list(runs_of(Path(config["checkpoint_dir"]), config))
     same = [run for run in runs if run.has_trained(config["stages"])]
     finished = [run for run in same if run.state["status"] == "finished"]
-    return next(iter(finished or same), None)
+    stages = list(config["stages"] or ())
+    shorter = [run for run in runs if or_shorter and run.begins(stages)]
+    return next(iter(finished or same or shorter), None)
 
 
 def earlier_run(config: Any, resume: bool, earlier_stages: list[str]) -> Run | None:
