@@ -19,13 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from runs import ROOT, run, spread
+
 RESULTS = ROOT / "benchmarks" / "results" / "prime_preference.json"
 METRICS = ("recall@10", "ndcg@10")
 SETTINGS = {  # enough for a tiny retriever to move
@@ -41,18 +39,6 @@ def variants(betas: list[str], controls: list[str]) -> list[tuple[str, str]]:
     """(labeler, beta) of every run of a seed; `none` first, with which the others are compared."""
     asked = [("ranker", beta) for beta in betas]
     return [("none", "0"), *asked, *((name, b) for b in controls for name in ("random", "truth"))]
-
-
-def run(work: Path, name: str, flags: dict[str, str]) -> dict[str, Any]:
-    """The result of one run, from the disk where it is there."""
-    path = work / f"{name}.json"
-    if not path.is_file():
-        words = [f"--{key}={value}" for key, value in {**flags, "result_file": path.name}.items()]
-        command = [sys.executable, str(ROOT / "run_recbole_mm.py"), "--model=PRIME", *words]
-        with (work / f"{name}.log").open("w") as log:
-            subprocess.run(command, cwd=work, stdout=log, stderr=log, check=True)
-        print(f"{name} done", flush=True)
-    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def summary(work: Path, seeds: list[str], runs: list[tuple[str, str]]) -> list[dict[str, Any]]:
@@ -85,15 +71,6 @@ def read(work: Path, seed: str, labeler: str, beta: str) -> dict[str, Any] | Non
     )[-1]
     found = {name: float(value) for name, value in re.findall(r"(\S+@\d+) : ([\d.]+)", at_end)}
     return {**json.loads(path.read_text(encoding="utf-8")), "last_valid": found}
-
-
-def spread(values: list[float]) -> dict[str, Any]:
-    """Mean and standard error."""
-    if not values:
-        return {}
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    rounded = [round(value, 6) for value in values]
-    return {"mean": round(statistics.mean(values), 6), "error": error, "values": rounded}
 
 
 def main() -> None:

@@ -23,12 +23,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +35,8 @@ from PIL import Image
 from torch.nn.utils import clip_grad_norm_
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from runs import ROOT, run, spread
 
 from recbole_mm.backbone.families.qwen import Qwen2VL
 from recbole_mm.backbone.load import Backbone, BackboneSpec
@@ -48,7 +48,6 @@ from recbole_mm.backbone.vision import ItemImages
 from recbole_mm.data.demo import Sizes, make_demo
 from recbole_mm.data.demo_pictures import LOOKS, OUTLINES, draw_product
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "prime_taste.json"
 STYLE = PromptStyle("Next?", ("image",), 8)  # as `tiny` writes prompts
 K, HISTORY, PIXELS = 10, 3, 56 * 56
@@ -171,18 +170,6 @@ TAUGHT = {
 SCRATCH = {"backbone": "tiny", "neg_source": "uniform", "ranker_stopping_step": "8"}
 
 
-def run(work: Path, name: str, flags: dict[str, str]) -> dict[str, Any]:
-    """The result of one run, from the disk where it is there."""
-    path = work / f"{name}.json"
-    if not path.is_file():
-        words = [f"--{key}={value}" for key, value in {**flags, "result_file": path.name}.items()]
-        command = [sys.executable, str(ROOT / "run_recbole_mm.py"), "--model=PRIME", *words]
-        with (work / f"{name}.log").open("w") as log:
-            subprocess.run(command, cwd=work, stdout=log, stderr=log, check=True)
-        print(f"{name} done", flush=True)
-    return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
 def measure(work: Path, seed: int) -> dict[str, float]:
     """ndcg@10 over all test users by the retriever and by the taught ranker."""
     flags = {**COMMON, **TAUGHT, "seed": str(seed)}
@@ -198,12 +185,6 @@ def from_scratch(work: Path, seed: int) -> float:
     """The same of a ranker that is trained on the shop."""
     flags = {**COMMON, **SCRATCH, "seed": str(seed), "dataset": "mm-taste"}
     return float(run(work, f"{seed}-scratch", flags)["test"]["ndcg@10"])
-
-
-def spread(values: list[float]) -> dict[str, Any]:
-    """Mean and standard error."""
-    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return {"mean": round(float(np.mean(values)), 6), "error": error, "values": values}
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ import pandas as pd
 
 from dataset_tools.events import Events
 from dataset_tools.lines import records
+from dataset_tools.raw import add_flags, command, kept_items, left_out
 from dataset_tools.table import core, parse_least
 from dataset_tools.write import Content, write_dataset
 from recbole_mm.data.atomic import ITEM, check_free, safe_token
@@ -115,9 +116,6 @@ class Converter:
         """The flags."""
         add = parser.add_argument
         add("--category", required=True, help="as the source writes it: Beauty, Video_Games, …")
-        add("--raw_dir", required=True, metavar="DIR", help="where the source's files are")
-        add("--name", help="of the dataset (from release and category: amazon-beauty)")
-        add("--min_inter", default="5", metavar="N|U,I", help="least interactions (5)")
         add(
             "--require",
             default="",
@@ -125,7 +123,7 @@ class Converter:
             help=f"keep products that have these: {', '.join(TEXTS)}",
         )
         add("--max_title", type=int, default=0, help="drop products of longer titles (0: none)")
-        add("--limit", type=int, default=0, help="read so many reviews only (0: all)")
+        add_flags(parser, "from release and category: amazon-beauty", "reviews")
 
     def run(self, arguments: argparse.Namespace) -> str:
         """Makes the dataset and returns its name.
@@ -146,8 +144,14 @@ class Converter:
         fits = _fitting(texts, needed, arguments.max_title)
         rows = core(events.coded(fits), *least)
         content = _content(events, rows, texts, bad)
-        write_dataset(folder, content, _command(arguments, self.release), arguments.force)
+        write_dataset(folder, content, self._command(arguments), arguments.force)
         return name
+
+    def _command(self, arguments: argparse.Namespace) -> str:
+        words = [f"--category {arguments.category}"]
+        words += [f"--require {arguments.require}"] if arguments.require else []
+        words += [f"--max_title {arguments.max_title}"] if arguments.max_title else []
+        return command(self.release.name, arguments, *words)
 
 
 def dataset_name(release: Release, category: str) -> str:
@@ -280,22 +284,10 @@ def _content(
     texts: Mapping[str, Sequence[str | None]],
     bad: Counter[str],
 ) -> Content:
-    kept = set(rows[ITEM].unique().tolist())
-    items = [item for item, code in events.items.items() if code in kept]
+    items = kept_items(events, rows)
     lines = [(safe_token(item), *texts[item]) for item in items if item in texts]
-    notes = [f"left out, {why}: {count:,}" for why, count in sorted(bad.items())]
+    notes = left_out(bad)
     if bare := len(items) - len(lines):
         notes.append(f"items without a record among the products: {bare:,}")
     frame = pd.DataFrame(lines, columns=[ITEM, *TEXTS], dtype=object)
     return Content(events.decoded(rows), frame, [], notes)
-
-
-def _command(arguments: argparse.Namespace, release: Release) -> str:
-    """The command for the card, without paths of this machine."""
-    words = [
-        f"python -m dataset_tools {release.name} --category {arguments.category} --raw_dir raw"
-    ]
-    for flag, default in (("min_inter", "5"), ("require", ""), ("max_title", 0), ("limit", 0)):
-        if (value := getattr(arguments, flag)) != default:
-            words.append(f"--{flag} {value}")
-    return " ".join(words)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from dataset_tools.events import Events
-from dataset_tools.movielens import pictures_by_id
+from dataset_tools.raw import add_flags, command, kept_items, left_out, pictures_by_id
 from dataset_tools.table import core, parse_least
 from dataset_tools.write import Content, write_dataset
 from recbole_mm.data.atomic import ITEM, check_free, safe_token
@@ -35,11 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `python -m dataset_tools microlens`."""
     add = parser.add_argument
     add("--variant", required=True, choices=VARIANTS, help="of MicroLens")
-    add("--raw_dir", required=True, metavar="DIR", help="where the source's files are")
     add("--no-images", action="store_true", help="leave the covers where they are")
-    add("--name", help="of the dataset (microlens-50k)")
-    add("--min_inter", default="5", metavar="N|U,I", help="least interactions (5)")
-    add("--limit", type=int, default=0, help="read so many interactions only (0: all)")
+    add_flags(parser, "microlens-50k", "interactions")
 
 
 def run(arguments: argparse.Namespace) -> str:
@@ -56,15 +53,15 @@ def run(arguments: argparse.Namespace) -> str:
     bad: Counter[str] = Counter()
     events = read_pairs(pairs, bad, arguments.limit)
     rows = core(events.coded(), *least)
-    ids = list(events.items)
-    kept = [ids[code] for code in pd.unique(rows[ITEM]).tolist()]
+    kept = kept_items(events, rows)
     items = read_titles(titles, set(kept), bad)
     covers = raw / _COVERS.format(arguments.variant)
     shown = covers.is_dir() and not arguments.no_images
     images = pictures_by_id(covers, kept) if shown else []
-    notes = [f"left out, {why}: {count:,}" for why, count in sorted(bad.items())]
-    content = Content(events.decoded(rows), items, images, notes)
-    write_dataset(folder, content, _command(arguments), arguments.force)
+    content = Content(events.decoded(rows), items, images, left_out(bad))
+    hidden = ["--no-images"] if arguments.no_images else []
+    how = command("microlens", arguments, f"--variant {arguments.variant}", *hidden)
+    write_dataset(folder, content, how, arguments.force)
     return folder.name
 
 
@@ -130,13 +127,3 @@ def _rows(path: Path) -> Iterator[list[str]]:
             yield from filter(None, csv.reader(file))
         except csv.Error as error:
             raise UserError(f"{path}: {error}.") from None
-
-
-def _command(arguments: argparse.Namespace) -> str:
-    """The command for the card, without paths of this machine."""
-    words = [f"python -m dataset_tools microlens --variant {arguments.variant} --raw_dir raw"]
-    words += ["--no-images"] if arguments.no_images else []
-    for flag, default in (("min_inter", "5"), ("limit", 0)):
-        if (value := getattr(arguments, flag)) != default:
-            words.append(f"--{flag} {value}")
-    return " ".join(words)

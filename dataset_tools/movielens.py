@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from dataset_tools.events import Events
+from dataset_tools.raw import add_flags, command, kept_items, left_out, pictures_by_id
 from dataset_tools.table import core, parse_least
 from dataset_tools.write import Content, write_dataset
 from recbole_mm.data.atomic import ITEM, check_free, safe_token
@@ -30,7 +31,6 @@ _GENRES = (
     *("Documentary", "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery"),
     *("Romance", "Sci-Fi", "Thriller", "War", "Western"),
 )
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 Cells = Sequence[str]
 
 
@@ -95,11 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `python -m dataset_tools movielens`."""
     add = parser.add_argument
     add("--variant", required=True, choices=VARIANTS, help="of MovieLens")
-    add("--raw_dir", required=True, metavar="DIR", help="where the source's files are")
     add("--posters", metavar="DIR", help="pictures named by the movie's id: 1.jpg, 2.png, …")
-    add("--name", help="of the dataset (the archive's: ml-latest-small)")
-    add("--min_inter", default="5", metavar="N|U,I", help="least interactions (5)")
-    add("--limit", type=int, default=0, help="read so many ratings only (0: all)")
+    add_flags(parser, "the archive's: ml-latest-small", "ratings")
 
 
 def run(arguments: argparse.Namespace) -> str:
@@ -119,13 +116,13 @@ def run(arguments: argparse.Namespace) -> str:
     bad: Counter[str] = Counter()
     events = read_ratings(ratings, variant, bad, arguments.limit)
     rows = core(events.coded(), *least)
-    ids = list(events.items)
-    kept = [ids[code] for code in pd.unique(rows[ITEM]).tolist()]
+    kept = kept_items(events, rows)
     items = read_movies(movies, variant, set(kept), bad)
     images = pictures_by_id(Path(posters), kept) if posters else []
-    notes = [f"left out, {why}: {count:,}" for why, count in sorted(bad.items())]
-    content = Content(events.decoded(rows), items, images, notes)
-    write_dataset(folder, content, _command(arguments), arguments.force)
+    content = Content(events.decoded(rows), items, images, left_out(bad))
+    shown = ["--posters posters"] if posters else []
+    how = command("movielens", arguments, f"--variant {arguments.variant}", *shown)
+    write_dataset(folder, content, how, arguments.force)
     return folder.name
 
 
@@ -187,22 +184,3 @@ def read_movies(path: Path, variant: Variant, wanted: set[str], bad: Counter[str
             genres = " > ".join(variant.genres(cells))
             found[cells[0]] = (safe_token(cells[0]), cells[1].strip() or None, genres or None)
     return pd.DataFrame(found.values(), columns=[ITEM, "title", "categories"], dtype=object)
-
-
-def pictures_by_id(folder: Path, items: Sequence[str]) -> list[tuple[str, Path]]:
-    """A file `ID.jpg` (or .png, …) for each item that has one; ids are numbers, but who knows."""
-    found = []
-    for item in items:
-        files = (folder / f"{item}{suffix}" for suffix in _SUFFIXES) if item.isalnum() else ()
-        found += [(safe_token(item), file) for file in files if file.is_file()][:1]
-    return found
-
-
-def _command(arguments: argparse.Namespace) -> str:
-    """The command for the card, without paths of this machine."""
-    words = [f"python -m dataset_tools movielens --variant {arguments.variant} --raw_dir raw"]
-    words += ["--posters posters"] if arguments.posters else []
-    for flag, default in (("min_inter", "5"), ("limit", 0)):
-        if (value := getattr(arguments, flag)) != default:
-            words.append(f"--{flag} {value}")
-    return " ".join(words)
