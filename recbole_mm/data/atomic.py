@@ -1,10 +1,11 @@
-r"""Reading and writing atomic files: RecBole's `.inter` and `.item`, and our `.text` and `.image`.
+r"""Reading and writing atomic files: RecBole's `.inter`, `.item`, our `.text`, `.image`, `.urls`.
 
 All are UTF-8, tab-separated, one record a line, with a header of ``name:type`` cells.
 
 `.text` holds raw strings. A cell escapes what would break the table: ``\t`` tab, ``\n`` newline,
 ``\r`` carriage return, ``\\`` backslash. ``\N`` alone means *missing*; an empty cell is the empty
-string. `.image` holds paths below the dataset's `images` folder, escaped the same way.
+string. `.image` holds paths below the dataset's `images` folder, and `.urls` the addresses of
+pictures that were not fetched yet, both escaped the same way.
 
 RecBole reads `.inter` and `.item` with pandas, where a quote may swallow lines and words such as
 ``None`` become missing. So `safe_token` and `safe_word` rewrite what goes there; `.text` needs no
@@ -25,6 +26,8 @@ from recbole_mm.errors import UserError, nearest
 
 ITEM = "item_id"
 IMAGE = "image"
+URL = "url"
+LONGEST_URL = 2_000
 PAD = "[PAD]"  # RecBole's token of id 0
 RECBOLE_TYPES = ("token", "token_seq", "float", "float_seq")
 
@@ -291,6 +294,37 @@ def stays_below(path: str) -> bool:
     return not _LEAVES.search(path)
 
 
+def read_urls(path: Path) -> Iterator[tuple[str, str]]:
+    """Reads a `.urls` file: (item, address of a picture), several rows an item, the best first.
+
+    Whether an address may be fetched is for whoever fetches it.
+
+    Raises:
+        UserError: what `read_table` raises, other columns than ``item_id:token url:token``, or an
+            empty cell; with file, row and column.
+    """
+    header, rows = _read_item_table(path, "token")
+    if header[1:] != [(URL, "token")]:
+        raise UserError(f"{path}, row 1: the columns must be '{ITEM}:token' and '{URL}:token'.")
+    return _url_rows(path, rows)
+
+
+def _url_rows(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[str, str]]:
+    for number, (item, cell) in rows:
+        [url] = _unescape_row(path, number, [URL], [cell])
+        if not item or not url:
+            column = URL if item else ITEM
+            raise UserError(f"{path}, row {number}, column {column}: the cell is empty.")
+        yield item, url
+
+
+def is_address(text: str) -> bool:
+    """Whether a text can be the address of a picture: http or https, not endless, all printable."""
+    scheme, mark, rest = text.partition("://")
+    is_web = scheme.lower() in ("http", "https") and bool(mark and rest)
+    return is_web and len(text) <= LONGEST_URL and text.isprintable() and " " not in text
+
+
 # ---------------------------------------------------------------- writing
 
 
@@ -317,6 +351,12 @@ def write_images(path: Path, rows: Iterable[tuple[str, str]]) -> int:
     """Writes an `.image` file from (item, path below `images/`); returns the number of rows."""
     header = [f"{ITEM}:token", f"{IMAGE}:image"]
     return write_table(path, header, ((item, escape(image)) for item, image in rows))
+
+
+def write_urls(path: Path, rows: Iterable[tuple[str, str]]) -> int:
+    """Writes a `.urls` file from (item, address), the best first; returns the number of rows."""
+    header = [f"{ITEM}:token", f"{URL}:token"]
+    return write_table(path, header, ((item, escape(url)) for item, url in rows))
 
 
 def check_free(folder: Path, force: bool) -> None:

@@ -14,17 +14,20 @@ from recbole_mm.data.atomic import (
     NA_WORDS,
     PAD,
     escape,
+    is_address,
     item_cell,
     new_folder,
     read_images,
     read_table,
     read_text,
+    read_urls,
     safe_token,
     safe_word,
     stays_below,
     unescape,
     write_images,
     write_text,
+    write_urls,
 )
 from recbole_mm.errors import UserError
 
@@ -228,6 +231,61 @@ def fail_half_way(folder: Path) -> None:
     with new_folder(folder, force=True) as fresh:
         (fresh / "d.inter").write_text("half")
         raise ZeroDivisionError
+
+
+def test_addresses_keep_order_and_odd_letters(tmp_path: Path) -> None:
+    rows = [("b", "https://x/2.jpg"), ("a", "http://x/\\n%09.jpg"), ("b", 'https://x/"1".jpg')]
+    assert write_urls(tmp_path / "d.urls", rows) == 3
+    assert list(read_urls(tmp_path / "d.urls")) == rows
+    assert (tmp_path / "d.urls").read_text().startswith("item_id:token\turl:token\nb\thttps://")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("item_id:token\timage:token\na\tb\n", "row 1: the columns must be"),
+        ("item_id:token\na\n", "row 1: the columns must be"),
+        ("url:token\titem_id:token\na\tb\n", "row 1: the first column must be"),
+        ("item_id:token\turl:image\na\tb\n", "row 1: column 'url' has the unknown type 'image'"),
+        ("item_id:token\turl:token\na\t\n", "row 2, column url: the cell is empty"),
+        ("item_id:token\turl:token\na\t\\N\n", "row 2, column url: the cell is empty"),
+        ("item_id:token\turl:token\n\thttp://x\n", "row 2, column item_id: the cell is empty"),
+        ("item_id:token\turl:token\na\tb\tc\n", "row 2: 3 cells"),
+    ],
+)
+def test_a_broken_file_of_addresses(content: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "d.urls").write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        list(read_urls(tmp_path / "d.urls"))
+
+
+@pytest.mark.parametrize(
+    "text", ["https://x/a.jpg", "http://x", "HTTPS://x/é.jpg", "http://" + "x" * 1_993]
+)
+def test_an_address(text: str) -> None:
+    assert is_address(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            "x.jpg",
+            "//x/a.jpg",
+            "http:/x",
+            "http://",
+            "https:",
+            "ftp://x/a",
+            "file:///etc/passwd",
+        ),
+        *("javascript://x", "data:image/png;base64,AA", " http://x", "http://x/a b", "http://x/\n"),
+        *("http://x/\t", "http://x/\0", "http://x/\x7f", "http://x/\u2028", "http://x/\xa0a"),
+        *("http://x/\u202egpj.", "http://x/\ud800", "http://" + "x" * 1_994),
+    ],
+)
+def test_no_address(text: str) -> None:
+    assert not is_address(text)
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
