@@ -1,4 +1,4 @@
-"""Makes datasets and checks them: `python -m dataset_tools --help`."""
+"""Makes datasets, adds to them, checks them: `python -m dataset_tools --help`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dataset_tools import demo, microlens, movielens, table, verify
+from dataset_tools import demo, images, microlens, movielens, table, verify
 from dataset_tools.amazon import RELEASES, Converter
 from recbole_mm.errors import told
 
@@ -22,7 +22,8 @@ CONVERTERS: dict[str, Any] = {
     "microlens": microlens,
     "demo": demo,
 }
-CHECKS = {"verify": verify}  # modules of the same kind that make nothing
+# Modules of the same kind that work on a dataset that is there.
+WORKERS: dict[str, Any] = {"images": images, "verify": verify}
 _OUT = "dataset"  # where run_recbole_mm.py looks by itself
 
 
@@ -52,9 +53,10 @@ def _command(out: str, name: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m dataset_tools", description="Makes datasets for RecBole-MM and checks them."
+        prog="python -m dataset_tools",
+        description="Makes, completes and checks datasets for RecBole-MM.",
     )
-    known = {**CONVERTERS, **CHECKS}
+    known = {**CONVERTERS, **WORKERS}
     commands = parser.add_subparsers(required=True, metavar="|".join(known))
     for name, module in known.items():
         text = (module.__doc__ or "").strip()
