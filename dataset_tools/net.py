@@ -19,7 +19,6 @@ Headers = Mapping[str, str]
 _T = TypeVar("_T")
 _IP = ipaddress.IPv4Address | ipaddress.IPv6Address
 _REDIRECTS = 3
-_CHUNK = 1 << 16
 _LONGEST_WAIT = 300.0  # seconds; who asks for more is asked again by the next run
 _GONE = (404, 410)
 _LATER = (408, 425, 429)  # and all of 500 and above
@@ -281,7 +280,7 @@ class Fetcher:
             LaterError: it took too long, or the fetcher was stopped.
         """
         ends = time.monotonic() + (within_s or float("inf"))
-        for part in response.iter_raw(_CHUNK):
+        for part in response.iter_raw():
             yield part
             if time.monotonic() > ends:
                 raise LaterError(f"not whole after {within_s:.0f} s")
