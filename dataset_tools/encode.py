@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from recbole_mm.data.images import ImageStore
 from recbole_mm.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from recbole_mm.backbone.encode import Encoder
     from recbole_mm.backbone.encode_items import ItemVectors
     from recbole_mm.backbone.encoder_source import EncoderSource
 
@@ -61,15 +63,40 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: no such dataset, attribute or encoder, an encoder that cannot do the field, or
             other features of this name stand there already.
     """
-    from recbole_mm.backbone.encoder_source import find_encoder
-
     if arguments.batch < 1:
         raise UserError(f"--batch is {arguments.batch}: it is 1 or more.")
+    job = _job(arguments)
+    if not _stands(job, arguments.force):
+        _encode(job, arguments.batch, arguments.device)
+    if arguments.neighbours > 0:
+        _show_neighbours(job, arguments.neighbours)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is encoded, by what, and how the features are called."""
+
+    content: ItemContent
+    source: EncoderSource
+    name: str
+    fields: list[str]
+
+    @property
+    def place(self) -> tuple[Path, str, str]:
+        """As the functions of `recbole_mm.data.features` take it."""
+        return self.content.folder, self.content.dataset, self.name
+
+    @property
+    def items(self) -> list[str]:
+        return self.content.item_tokens[1:]
+
+
+def _job(arguments: argparse.Namespace) -> _Job:
+    from recbole_mm.backbone.encoder_source import find_encoder
+
     folder = Path(arguments.data_path) / arguments.dataset
-    items = list(
-        dict.fromkeys(item for [item] in read_columns(folder / f"{folder.name}.inter", [ITEM]))
-    )
-    content = ItemContent(folder, folder.name, [PAD, *items])
+    rows = read_columns(folder / f"{folder.name}.inter", [ITEM])
+    content = ItemContent(folder, folder.name, [PAD, *dict.fromkeys(item for [item] in rows)])
     fields = _fields(arguments, content)
     source = find_encoder(arguments.encoder)
     if arguments.field not in source.fields:
@@ -77,11 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"Encoder '{arguments.encoder}' is a text encoder ({source.kind}): --field image takes "
             "siglip, clip or another model with an image tower."
         )
-    name = arguments.name or _name(source, arguments.field)
-    if not _stands(folder, name, source, fields, items, arguments.force):
-        _encode(arguments, content, source, name, fields)
-    if arguments.neighbours > 0:
-        _show_neighbours(folder, name, content, arguments.neighbours)
+    return _Job(content, source, arguments.name or _name(source, arguments.field), fields)
 
 
 def _fields(arguments: argparse.Namespace, content: ItemContent) -> list[str]:
@@ -91,6 +114,8 @@ def _fields(arguments: argparse.Namespace, content: ItemContent) -> list[str]:
             raise UserError(f"There is no {content.path(IMAGE)}: the dataset has no pictures.")
         return [IMAGE]
     asked = [name.strip() for name in arguments.attributes.split(",") if name.strip()]
+    if not asked:
+        raise UserError("--attributes names none: title, say.")
     for name in asked:
         if name not in content.attributes:
             known = ", ".join(content.attributes) or "none"
@@ -98,8 +123,6 @@ def _fields(arguments: argparse.Namespace, content: ItemContent) -> list[str]:
                 f"--attributes: {content.path('text')} has no '{name}'"
                 f"{nearest(name, content.attributes)}; it has: {known}."
             )
-    if not asked:
-        raise UserError("--attributes names none: title, say.")
     return asked
 
 
@@ -110,28 +133,22 @@ def _name(source: EncoderSource, field: str) -> str:
     return f"{plain}-{field}" if len(source.fields) > 1 else plain
 
 
-def _stands(
-    folder: Path,
-    name: str,
-    source: EncoderSource,
-    fields: Sequence[str],
-    items: Sequence[str],
-    force: bool,
-) -> bool:
+def _stands(job: _Job, force: bool) -> bool:
     """Whether just these features are there already.
 
     Raises:
         UserError: others are, and they are not to be replaced.
     """
-    matrix, about = feature_paths(folder, folder.name, name)
+    matrix, about = feature_paths(*job.place)
     if force or not (matrix.exists() or about.exists()):
         return False
     try:
-        info = FeatureStore.open_fresh(folder, folder.name, name).info
+        info = FeatureStore.open_fresh(*job.place).info
     except UserError as error:
         raise UserError(f"{error} (--force encodes it again.)") from None
-    same = (info.encoder, info.revision, info.fields) == (source.id, source.revision, fields)
-    if not same or info.inputs is None or {*info.items, *info.without} != {*items}:
+    made_of = (info.encoder, info.revision, info.fields, {*info.items, *info.without})
+    asked = (job.source.id, job.source.revision, job.fields, {*job.items})
+    if info.inputs is None or made_of != asked:
         raise UserError(
             f"{matrix} is of another encoder, revision, attributes or items: --force replaces it, "
             "--name gives the new one another name."
@@ -140,59 +157,65 @@ def _stands(
     return True
 
 
-def _encode(
-    arguments: argparse.Namespace,
-    content: ItemContent,
-    source: EncoderSource,
-    name: str,
-    fields: list[str],
-) -> None:
+def _encode(job: _Job, batch: int, device: str) -> None:
+    """Encodes, writes and reports; the log goes when the matrix stands."""
     from recbole_mm.backbone.encode import load_encoder
-    from recbole_mm.backbone.encode_items import open_log
+    from recbole_mm.backbone.encode_items import STRETCHED
 
-    folder, dataset = content.folder, content.dataset
-    encoder = load_encoder(source, arguments.device)
+    folder, dataset, name = job.place
     logs = folder / f".{dataset}.{name}.rows"
+    encoder, images = load_encoder(job.source, device), ImageStore(job.content)
     began = time.perf_counter()
-    log = open_log(logs, encoder, arguments.field)
-    images = ImageStore(content)
-    found = _vectors(arguments, content, encoder, log, fields, images)
+    found = _vectors(job, encoder, logs, images, batch)
     seconds = time.perf_counter() - began
-    rows, every = set(found.rows), content.item_tokens[1:]
-    if not rows:
-        raise UserError(f"No item of {folder} has {' or '.join(fields)} that can be encoded.")
-    items = [every[row] for row in found.rows]
-    without = [item for row, item in enumerate(every) if row not in rows]
-    save_features(
-        *(folder, dataset, name, found.matrix, items),
-        encoder=source.id,
-        revision=source.revision,
-        pooling=encoder.pooling,
-        inputs=hash_inputs(folder, dataset, items, without, fields),
-        fields=fields,
-        without=without,
-    )
+    if not found.rows:
+        raise UserError(f"No item of {folder} has {' or '.join(job.fields)} that can be encoded.")
+    _save(job, found, encoder.pooling)
     shutil.rmtree(logs, ignore_errors=True)
-    _summary(feature_paths(folder, dataset, name)[0], found, len(without), seconds, encoder.model)
-    for reason, count in images.problems.items():
-        print(f"  without a row, {reason}: {count:,}")
+    _summary(job, found, encoder.model, seconds)
+    problems = {**images.problems, STRETCHED: found.stretched}
+    for reason in filter(problems.get, problems):
+        print(f"  without a row, {reason}: {problems[reason]:,}")
 
 
 def _vectors(
-    arguments: argparse.Namespace,
-    content: ItemContent,
-    encoder: Any,
-    log: Any,
-    fields: Sequence[str],
-    images: ImageStore,
+    job: _Job, encoder: Encoder, logs: Path, images: ImageStore, batch: int
 ) -> ItemVectors:
-    from recbole_mm.backbone.encode_items import encode_images, encode_texts
+    from torch import OutOfMemoryError
 
-    every = range(1, len(content.item_tokens))
-    how = {"batch": arguments.batch, "show_progress": True}
-    if arguments.field == IMAGE:
-        return encode_images(encoder, every, images.get, log, **how)
-    return encode_texts(encoder, [_text(content, i, fields) for i in every], log, **how)
+    from recbole_mm.backbone.encode_items import encode_images, encode_texts, open_log
+
+    every = range(1, len(job.items) + 1)
+    try:
+        if job.fields == [IMAGE]:
+            log = open_log(logs, encoder, IMAGE)
+            files = job.content.image_paths
+            first = {item: next(iter(files(item)), None) for item in every}
+            return encode_images(encoder, every, images.get, first.get, log, batch, True)
+        texts = [_text(job.content, item, job.fields) for item in every]
+        log = open_log(logs, encoder, "text")
+        return encode_texts(encoder, texts, log, batch, True)
+    except OutOfMemoryError as error:
+        raise UserError(
+            f"{batch} at once take more memory than there is: the same command with a lower "
+            "--batch goes on where it was."
+        ) from error
+
+
+def _save(job: _Job, found: ItemVectors, pooling: str) -> None:
+    rows = set(found.rows)
+    items = [job.items[row] for row in found.rows]
+    without = [item for row, item in enumerate(job.items) if row not in rows]
+    folder, dataset, name = job.place
+    save_features(
+        *(folder, dataset, name, found.matrix, items),
+        encoder=job.source.id,
+        revision=job.source.revision,
+        pooling=pooling,
+        inputs=hash_inputs(folder, dataset, items, without, job.fields),
+        fields=job.fields,
+        without=without,
+    )
 
 
 def _text(content: ItemContent, item: int, attributes: Sequence[str]) -> str:
@@ -203,22 +226,22 @@ def _text(content: ItemContent, item: int, attributes: Sequence[str]) -> str:
     return SEPARATOR.join(filter(None, (clean_text(value[:_MOST_CHARACTERS]) for value in values)))
 
 
-def _summary(path: Path, found: ItemVectors, without: int, seconds: float, model: Any) -> None:
+def _summary(job: _Job, found: ItemVectors, model: Any, seconds: float) -> None:
     rows, width = found.matrix.shape
+    precision = str(model.dtype).removeprefix("torch.")
     recalled = f", {found.recalled:,} kept of an earlier run" if found.recalled else ""
     print(
-        f"{path}: {rows + without:,} items, {rows:,} rows of {width} ({found.matrix.dtype}), "
-        f"{without:,} without; {found.encoded:,} encoded in {seconds:.1f} s on "
-        f"{model.device.type} ({str(model.dtype).removeprefix('torch.')}), "
-        f"{found.encoded / seconds:.0f} a second{recalled}."
+        f"{feature_paths(*job.place)[0]}: {len(job.items):,} items, {rows:,} rows of {width} "
+        f"({found.matrix.dtype}), {len(job.items) - rows:,} without; {found.encoded:,} encoded in "
+        f"{seconds:.1f} s on {model.device.type} ({precision}), {found.encoded / seconds:.0f} a "
+        f"second{recalled}."
     )
 
 
-def _show_neighbours(folder: Path, name: str, content: ItemContent, count: int) -> None:
+def _show_neighbours(job: _Job, count: int) -> None:
     """Prints items, spread over the dataset, with those of other titles nearest to them."""
-    store = FeatureStore.open(folder, folder.name, name)
-    title = next(iter(store.info.fields or []), IMAGE)
-    title = title if title in content.attributes else "title"
+    store, content = FeatureStore.open(*job.place), job.content
+    title = "title" if job.fields == [IMAGE] else job.fields[0]
     ids = {token: i for i, token in enumerate(content.item_tokens)}
     labels = [_label(content, ids[item], title) for item in store.info.items]
     matrix = np.asarray(store.matrix, dtype=np.float32)

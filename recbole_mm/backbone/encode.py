@@ -76,7 +76,7 @@ class Tokens:
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids, and which of them are no padding. Shapes: (B, T)."""
-        rows = [self._row(ids) for ids in self._ids([self._cut(text) for text in texts], False)]
+        rows = self._rows(texts)
         T = self.most if self.full else max(1, *map(len, rows))
         ids = torch.full((len(rows), T), int(self.tokenizer.pad_token_id or 0))  # (B, T)
         mask = torch.zeros_like(ids)
@@ -84,6 +84,14 @@ class Tokens:
             at = slice(T - len(row), T) if self._left else slice(len(row))
             ids[i, at], mask[i, at] = torch.tensor(row), 1
         return ids, mask
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has."""
+        parts = (texts[start : start + 1024] for start in range(0, len(texts), 1024))
+        return [len(row) for part in parts for row in self._rows(part)]
+
+    def _rows(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._row(ids) for ids in self._ids([self._cut(text) for text in texts], False)]
 
     def _cut(self, text: str) -> str:
         text = text[: self.most * _CHARACTERS_PER_TOKEN]

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from recbole_mm.backbone.encode import Encoder
 from recbole_mm.backbone.vision import FeatureLog
-from recbole_mm.data.images import DIGEST
+from recbole_mm.data.images import DIGEST, digest_of
 
 _READERS = 4  # threads that decode pictures
 _T = TypeVar("_T")
 _MOST_STRETCHED = 200  # long side to short; more is no picture of a product
+STRETCHED = f"{_MOST_STRETCHED} times as long as wide"
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ class ItemVectors:
         matrix: their vectors. Shape: (N, D), float32.
         encoded: how many vectors were made now.
         recalled: how many an earlier, unfinished run had made.
+        stretched: how many pictures were passed over for their shape.
     """
 
     rows: list[int]
     matrix: NDArray[np.float32]
     encoded: int
     recalled: int
+    stretched: int = 0
 
 
 def open_log(folder: Path, encoder: Encoder, field: str) -> FeatureLog:
@@ -73,8 +76,9 @@ def encode_texts(
     """
     keys = [_digest(text) if text else None for text in texts]
     distinct = {key: text for key, text in zip(keys, texts, strict=True) if key and text}
-    todo = [key for key in distinct if log.read(key) is None]
-    todo.sort(key=lambda key: (-len(distinct[key]), distinct[key]))  # the longest: memory's most
+    todo = [key for key in distinct if log.grid(key) is None]
+    lengths = dict(zip(todo, encoder.tokens.lengths([distinct[key] for key in todo]), strict=True))
+    todo.sort(key=lambda key: (-lengths[key], distinct[key]))  # the first takes most memory
     for part in _parts(todo, batch, "Texts", show_progress):
         _store(log, part, encoder.texts([distinct[key] for key in part]))
     return _gather(keys, log, len(todo))
@@ -84,6 +88,7 @@ def encode_images(
     encoder: Encoder,
     items: Sequence[int],
     load: Callable[[int], Image.Image | None],
+    source: Callable[[int], Path | None],
     log: FeatureLog,
     batch: int,
     show_progress: bool = False,
@@ -94,33 +99,53 @@ def encode_images(
         encoder: what makes them.
         items: item ids.
         load: the first usable picture of an item with its digest, as `ImageStore.get` gives it.
+        source: an item's first image file or None; where it has a vector it is not opened.
         log: of `open_log`.
         batch: pictures at once.
         show_progress: whether there is a bar.
     """
+    take = _Taker(load, source, log)
     keys: list[str | None] = []
     encoded = 0
     with ThreadPoolExecutor(_READERS) as readers:
         for part in _parts(items, batch, "Pictures", show_progress):
-            found = [_usable(image) for image in readers.map(load, part)]
-            keys += [None if image is None else image.info[DIGEST] for image in found]
-            new = {image.info[DIGEST]: image for image in found if image is not None}
-            new = {key: image for key, image in new.items() if log.read(key) is None}
-            if new:
+            found = list(readers.map(take, part))
+            keys += [key for key, _ in found]
+            if new := {key: image for key, image in found if key and image}:
                 _store(log, list(new), encoder.images(list(new.values())))
             encoded += len(new)
-    return _gather(keys, log, encoded)
+    return replace(_gather(keys, log, encoded), stretched=len(take.stretched))
+
+
+class _Taker:
+    """Takes an item's picture: the key of its vector, and itself where there is no vector yet."""
+
+    def __init__(
+        self,
+        load: Callable[[int], Image.Image | None],
+        source: Callable[[int], Path | None],
+        log: FeatureLog,
+    ) -> None:
+        self.stretched: set[int] = set()
+        self._load, self._source, self._log = load, source, log
+
+    def __call__(self, item: int) -> tuple[str | None, Image.Image | None]:
+        path = self._source(item)
+        key = None if path is None else digest_of(path)
+        if key is not None and self._log.grid(key):
+            return key, None
+        image = self._load(item)
+        if image is None:
+            return None, None
+        if max(image.size) >= _MOST_STRETCHED * min(image.size):  # the short side is resized
+            self.stretched.add(item)
+            return None, None
+        key = str(image.info[DIGEST])
+        return key, None if self._log.grid(key) else image
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _usable(image: Image.Image | None) -> Image.Image | None:
-    """A picture that resizing its short side cannot make huge."""
-    if image is None or max(image.size) >= _MOST_STRETCHED * min(image.size):
-        return None
-    return image
 
 
 def _parts(all_: Sequence[_T], size: int, what: str, show: bool) -> Iterator[Sequence[_T]]:
