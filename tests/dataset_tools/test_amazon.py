@@ -84,7 +84,7 @@ def test_2014(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert found["b"]["title"] is None
     assert set(found) == {"a", "b"}
     said = capsys.readouterr().out
-    assert "items without a record among the products: 1" in said
+    assert "items without a record in meta_Beauty.json.gz: 1" in said
     assert (
         "python -m dataset_tools amazon2014 --category Beauty --raw_dir raw --min_inter 2"
         in (folder / "README.md").read_text()
