@@ -22,6 +22,8 @@ from recbole_mm.errors import UserError
 LONGEST_LINE = 1 << 20  # bytes; a product's record has some thousand
 _MOST_TIMES = 200  # unpacked bytes a packed one: text has ten, a bomb a thousand
 _FREE = 1 << 24  # unpacked bytes before that counts
+_STEP = 1 << 16  # unpacked bytes between two looks at the bar
+_SCAN = json.JSONDecoder().scan_once
 
 Record = dict[str, Any]
 
@@ -82,30 +84,32 @@ def _bar(path: Path) -> Any:
 
 def _checked(file: IO[bytes], path: Path, bar: Any) -> Iterator[bytes]:
     source: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
-    seen, cut = 0, False
+    seen, due, cut = 0, 0, False
     while line := source.readline(LONGEST_LINE):
         seen += len(line)
-        at = file.tell()
-        bar.update(at - bar.n)
-        if seen > _FREE and seen > _MOST_TIMES * at:
-            raise UserError(
-                f"{path} unpacks to more than {_MOST_TIMES} times its size: this is no file of "
-                "its source; it was not read."
-            )
+        if seen >= due:
+            due = seen + _STEP
+            bar.update(file.tell() - bar.n)
+            if seen > _FREE and seen > _MOST_TIMES * bar.n:
+                raise UserError(
+                    f"{path} unpacks to more than {_MOST_TIMES} times its size: this is no file "
+                    "of its source; it was not read."
+                )
         begins, cut = not cut, not line.endswith(b"\n")
         if begins:  # what follows a cut is the rest of the same line
             yield line
+    bar.update(file.tell() - bar.n)
 
 
 def _record(line: bytes, bad: Counter[str]) -> Record | None:
     if len(line) >= LONGEST_LINE:
         bad["longer than a megabyte"] += 1
         return None
-    if not line.strip():
+    line = line.strip()
+    if not line:
         return None
     try:
-        text = line.decode("utf-8")
-        value = _literal(text)
+        value = _literal(line.decode("utf-8"))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         bad["neither JSON nor a Python literal"] += 1
         return None
@@ -117,6 +121,9 @@ def _record(line: bytes, bad: Counter[str]) -> Record | None:
 
 def _literal(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
-        return ast.literal_eval(text.strip())
+        value, end = _SCAN(text, 0)  # json.loads takes half as long again, for nothing needed here
+        if end == len(text):
+            return value
+    except (ValueError, StopIteration):
+        pass
+    return ast.literal_eval(text)
