@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dataset_tools import demo, encode, images, microlens, movielens, table, verify
-from dataset_tools.amazon import RELEASES, Converter
+from dataset_tools.amazon import Converter
+from dataset_tools.amazon_releases import RELEASES
 from recbole_mm.errors import told
 
 # A converter has a docstring, `add_arguments(parser)` and `run(arguments)`, which returns the

@@ -12,18 +12,16 @@ import argparse
 import csv
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import pandas as pd
-
 from dataset_tools.events import Events
-from dataset_tools.raw import add_flags, command, kept_items, left_out, pictures_by_id
-from dataset_tools.table import core, parse_least
-from dataset_tools.write import Content, write_dataset
-from recbole_mm.data.atomic import ITEM, check_free, safe_token
+from dataset_tools.lines import text_lines
+from dataset_tools.raw import Plan, add_flags, pictures_by_id
+from dataset_tools.shelf import Shelf
 from recbole_mm.errors import UserError
 
+TEXTS = ("title",)
 SOURCE = "https://github.com/westlake-repl/MicroLens"
 VARIANTS = ("50k", "100k", "1M")
 _PAIRS = ("MicroLens-{}_pairs.csv", "MicroLens-{}_pairs.tsv")
@@ -33,10 +31,8 @@ _COVERS = "MicroLens-{}_covers"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `python -m dataset_tools microlens`."""
-    add = parser.add_argument
-    add("--variant", required=True, choices=VARIANTS, help="of MicroLens")
-    add("--no-images", action="store_true", help="leave the covers where they are")
-    add_flags(parser, "microlens-50k", "interactions")
+    parser.add_argument("--variant", required=True, choices=VARIANTS, help="of MicroLens")
+    add_flags(parser, "microlens-50k and the like", "interactions", TEXTS)
 
 
 def run(arguments: argparse.Namespace) -> str:
@@ -45,24 +41,16 @@ def run(arguments: argparse.Namespace) -> str:
     Raises:
         UserError: a mistake in the flags, or files that are missing or cannot be read.
     """
-    folder = Path(arguments.out) / (arguments.name or f"microlens-{arguments.variant.lower()}")
-    check_free(folder, arguments.force)
-    least, raw = parse_least(arguments.min_inter), Path(arguments.raw_dir)
-    pairs = _find(raw, arguments.variant, _PAIRS)
-    titles = _find(raw, arguments.variant, _TITLES)
-    bad: Counter[str] = Counter()
-    events = read_pairs(pairs, bad, arguments.limit)
-    rows = core(events.coded(), *least)
-    kept = kept_items(events, rows)
-    items = read_titles(titles, set(kept), bad)
-    covers = raw / _COVERS.format(arguments.variant)
-    shown = covers.is_dir() and not arguments.no_images
-    images = pictures_by_id(covers, kept) if shown else []
-    content = Content(events.decoded(rows), items, images, left_out(bad))
-    hidden = ["--no-images"] if arguments.no_images else []
-    how = command("microlens", arguments, f"--variant {arguments.variant}", *hidden)
-    write_dataset(folder, content, how, arguments.force)
-    return folder.name
+    variant, raw = arguments.variant, Path(arguments.raw_dir)
+    words = ["microlens", f"--variant {variant}"]
+    plan = Plan.of(arguments, f"microlens-{variant.lower()}", TEXTS, *words)
+    pairs, titles = (_find(raw, variant, names) for names in (_PAIRS, _TITLES))
+    events = read_pairs(pairs, plan.bad, arguments.limit)
+    with plan.shelf(events) as shelf:
+        read_titles(titles, events.items, shelf, plan.bad)
+        covers = pictures_by_id(raw / _COVERS.format(variant), events, shelf)
+        plan.write(events, shelf, [pairs, titles], covers if arguments.images else {})
+    return plan.folder.name
 
 
 def _find(raw: Path, variant: str, patterns: Sequence[str]) -> Path:
@@ -100,30 +88,26 @@ def _with_times(path: Path, bad: Counter[str]) -> Iterator[tuple[str, str, int]]
 
 def _in_order(path: Path) -> Iterator[tuple[str, str, int]]:
     """A user, a tab, and its items with spaces between, oldest first."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        for line in file:
-            user, _, items = line.strip().partition("\t")
-            for place, item in enumerate(items.split(), 1):
-                yield user, item, place
+    for line in text_lines(path):
+        user, _, items = line.strip().partition("\t")
+        for place, item in enumerate(items.split(), 1):
+            yield user, item, place
 
 
-def read_titles(path: Path, wanted: set[str], bad: Counter[str]) -> pd.DataFrame:
-    """`item,title` of the wanted items; columns item_id and title.
+def read_titles(path: Path, wanted: Mapping[str, int], shelf: Shelf, bad: Counter[str]) -> None:
+    """`item,title` of the wanted items goes on the shelf.
 
     A title with commas that nobody quoted is put together again.
     """
-    found: dict[str, tuple[str, str | None]] = {}
     for cells in _rows(path):
         if len(cells) < 2:
             bad["titles that cannot be read"] += 1
-        elif cells[0] in wanted and cells[0] not in found:
-            found[cells[0]] = (safe_token(cells[0]), ",".join(cells[1:]).strip() or None)
-    return pd.DataFrame(found.values(), columns=[ITEM, "title"], dtype=object)
+        elif cells[0] in wanted:
+            shelf.put(wanted[cells[0]], [",".join(cells[1:]).strip() or None])
 
 
 def _rows(path: Path) -> Iterator[list[str]]:
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        try:
-            yield from filter(None, csv.reader(file))
-        except csv.Error as error:
-            raise UserError(f"{path}: {error}.") from None
+    try:
+        yield from filter(None, csv.reader(text_lines(path)))
+    except csv.Error as error:
+        raise UserError(f"{path}: {error}.") from None

@@ -12,19 +12,17 @@ import argparse
 import csv
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from dataset_tools.events import Events
-from dataset_tools.raw import add_flags, command, kept_items, left_out, pictures_by_id
-from dataset_tools.table import core, parse_least
-from dataset_tools.write import Content, write_dataset
-from recbole_mm.data.atomic import ITEM, check_free, safe_token
+from dataset_tools.lines import text_lines
+from dataset_tools.raw import Plan, add_flags, pictures_by_id
+from dataset_tools.shelf import Shelf
 from recbole_mm.errors import UserError
 
+TEXTS = ("title", "categories")
 SOURCE = "https://grouplens.org/datasets/movielens/"
 _GENRES = (
     *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime"),
@@ -39,35 +37,38 @@ class Variant:
     """What one release calls its files, and how they are written.
 
     Attributes:
-        archive: name of the archive, of the folder in it and of the dataset.
+        name: of the dataset.
+        archive: name of the archive and of the folder in it.
         ratings: file of user, item, rating, time.
         movies: file of item, title and genres.
         cells: a file's lines as cells.
         genres: of a line of `movies`.
     """
 
+    name: str
     archive: str
     ratings: str
     movies: str
-    cells: Callable[[Path, str], Iterator[Cells]]
+    cells: Callable[[Path], Iterator[Cells]]
     genres: Callable[[Cells], Sequence[str]]
 
 
-def _split(mark: str) -> Callable[[Path, str], Iterator[Cells]]:
-    def cells(path: Path, encoding: str) -> Iterator[Cells]:
-        with path.open(encoding=encoding, newline="\n") as file:
-            for line in file:
-                if text := line.rstrip("\r\n"):
-                    yield text.split(mark)
+def _split(mark: str) -> Callable[[Path], Iterator[Cells]]:
+    def cells(path: Path) -> Iterator[Cells]:
+        for line in text_lines(path):
+            if text := line.rstrip("\r\n"):
+                yield text.split(mark)
 
     return cells
 
 
-def _csv(path: Path, encoding: str) -> Iterator[Cells]:
-    with path.open(encoding=encoding, newline="") as file:
-        rows = csv.reader(file)
+def _csv(path: Path) -> Iterator[Cells]:
+    rows = csv.reader(text_lines(path))
+    try:
         next(rows, None)  # the header
         yield from rows
+    except csv.Error as error:
+        raise UserError(f"{path}: {error}.") from None
 
 
 def _flags(cells: Cells) -> list[str]:
@@ -80,14 +81,16 @@ def _listed(cells: Cells) -> list[str]:
     return [word for word in cells[2].split("|") if word and not word.startswith("(")]
 
 
-def _of_100k(path: Path, encoding: str) -> Iterator[Cells]:
-    return _split("\t" if path.name == "u.data" else "|")(path, encoding)
+def _of_100k(path: Path) -> Iterator[Cells]:
+    return _split("\t" if path.name == "u.data" else "|")(path)
 
 
-VARIANTS = {
-    "100k": Variant("ml-100k", "u.data", "u.item", _of_100k, _flags),
-    "1m": Variant("ml-1m", "ratings.dat", "movies.dat", _split("::"), _listed),
-    "latest-small": Variant("ml-latest-small", "ratings.csv", "movies.csv", _csv, _listed),
+_1M = ("ratings.dat", "movies.dat")
+_LATEST = ("ratings.csv", "movies.csv")
+VARIANTS = {  # RecBole takes the name ml-100k for the copy in its own package
+    "100k": Variant("movielens-100k", "ml-100k", "u.data", "u.item", _of_100k, _flags),
+    "1m": Variant("ml-1m", "ml-1m", *_1M, _split("::"), _listed),
+    "latest-small": Variant("ml-latest-small", "ml-latest-small", *_LATEST, _csv, _listed),
 }
 
 
@@ -96,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--variant", required=True, choices=VARIANTS, help="of MovieLens")
     add("--posters", metavar="DIR", help="pictures named by the movie's id: 1.jpg, 2.png, …")
-    add_flags(parser, "the archive's: ml-latest-small", "ratings")
+    add_flags(parser, "ml-latest-small and the like", "ratings", TEXTS)
 
 
 def run(arguments: argparse.Namespace) -> str:
@@ -105,25 +108,21 @@ def run(arguments: argparse.Namespace) -> str:
     Raises:
         UserError: a mistake in the flags, or files that are missing or cannot be read.
     """
-    variant = VARIANTS[arguments.variant]
-    folder = Path(arguments.out) / (arguments.name or variant.archive)
-    check_free(folder, arguments.force)
-    least, posters = parse_least(arguments.min_inter), arguments.posters
+    variant, posters = VARIANTS[arguments.variant], arguments.posters
+    words = ["movielens", f"--variant {arguments.variant}"]
+    words += ["--posters posters"] if posters else []
+    plan = Plan.of(arguments, variant.name, TEXTS, *words)
     if posters and not Path(posters).is_dir():
         raise UserError(f"--posters: there is no folder {posters}.")
-    ratings, movies = (_find(Path(arguments.raw_dir), variant, name)
-                       for name in (variant.ratings, variant.movies))  # fmt: skip
-    bad: Counter[str] = Counter()
-    events = read_ratings(ratings, variant, bad, arguments.limit)
-    rows = core(events.coded(), *least)
-    kept = kept_items(events, rows)
-    items = read_movies(movies, variant, set(kept), bad)
-    images = pictures_by_id(Path(posters), kept) if posters else []
-    content = Content(events.decoded(rows), items, images, left_out(bad))
-    shown = ["--posters posters"] if posters else []
-    how = command("movielens", arguments, f"--variant {arguments.variant}", *shown)
-    write_dataset(folder, content, how, arguments.force)
-    return folder.name
+    ratings, movies = (
+        _find(Path(arguments.raw_dir), variant, name) for name in (variant.ratings, variant.movies)
+    )
+    events = read_ratings(ratings, variant, plan.bad, arguments.limit)
+    with plan.shelf(events) as shelf:
+        read_movies(movies, variant, events.items, shelf, plan.bad)
+        pictures = pictures_by_id(Path(posters), events, shelf) if posters else {}
+        plan.write(events, shelf, [ratings, movies], pictures if arguments.images else {})
+    return plan.folder.name
 
 
 def _find(raw: Path, variant: Variant, name: str) -> Path:
@@ -136,19 +135,6 @@ def _find(raw: Path, variant: Variant, name: str) -> Path:
     )
 
 
-def _lines(path: Path, variant: Variant) -> Iterator[Cells]:
-    """Cells of a file in UTF-8 or, as the older releases have it, Latin-1."""
-    try:
-        path.read_bytes().decode("utf-8")
-        encoding = "utf-8-sig"
-    except UnicodeDecodeError:
-        encoding = "latin-1"
-    try:
-        yield from variant.cells(path, encoding)
-    except csv.Error as error:
-        raise UserError(f"{path}: {error}.") from None
-
-
 def read_ratings(path: Path, variant: Variant, bad: Counter[str], limit: int = 0) -> Events:
     """All ratings that can be read.
 
@@ -156,7 +142,7 @@ def read_ratings(path: Path, variant: Variant, bad: Counter[str], limit: int = 0
         UserError: there is not one.
     """
     events = Events()
-    for cells in _lines(path, variant):
+    for cells in variant.cells(path):
         try:
             user, item, rating, time = cells[:4]
             stars, when = float(rating), int(time)
@@ -174,13 +160,13 @@ def read_ratings(path: Path, variant: Variant, bad: Counter[str], limit: int = 0
     return events
 
 
-def read_movies(path: Path, variant: Variant, wanted: set[str], bad: Counter[str]) -> pd.DataFrame:
-    """Title and genres of the wanted movies; columns item_id, title, categories."""
-    found: dict[str, tuple[str, str | None, str | None]] = {}
-    for cells in _lines(path, variant):
+def read_movies(
+    path: Path, variant: Variant, wanted: Mapping[str, int], shelf: Shelf, bad: Counter[str]
+) -> None:
+    """Puts title and genres of the wanted movies on the shelf."""
+    for cells in variant.cells(path):
         if len(cells) < 3:
             bad["movies that cannot be read"] += 1
-        elif cells[0] in wanted and cells[0] not in found:
+        elif cells[0] in wanted:
             genres = " > ".join(variant.genres(cells))
-            found[cells[0]] = (safe_token(cells[0]), cells[1].strip() or None, genres or None)
-    return pd.DataFrame(found.values(), columns=[ITEM, "title", "categories"], dtype=object)
+            shelf.put(wanted[cells[0]], (cells[1].strip() or None, genres or None))

@@ -27,6 +27,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "description": (),
     "image": ("images", "image_path", "poster"),
 }
+SUFFIXES = (".tsv", ".csv", ".jsonl", ".ndjson", ".parquet")
 _LONGEST = 2**31 - 1  # characters of a CSV cell
 
 Rows = Iterator[tuple[int, list[str]]]
@@ -57,16 +58,10 @@ def read(path: Path) -> Table:
     Raises:
         UserError: absent, of unknown format, malformed, without rows, or with a repeated column.
     """
-    readers = {
-        ".tsv": _read_tsv,
-        ".csv": _read_csv,
-        ".jsonl": _read_jsonl,
-        ".ndjson": _read_jsonl,
-        ".parquet": _read_parquet,
-    }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"{path}: give a table that ends in one of {', '.join(readers)}.")
+    if (suffix := path.suffix.lower()) not in SUFFIXES:
+        raise UserError(f"{path}: give a table that ends in one of {', '.join(SUFFIXES)}.")
+    readers = (_read_tsv, _read_csv, _read_jsonl, _read_jsonl, _read_parquet)
+    reader = dict(zip(SUFFIXES, readers, strict=True))[suffix]
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
     try:
@@ -270,3 +265,19 @@ def need(table: Table, ours: str, mapped: Mapped) -> str:
             f"name the right one with --columns {ours}=COLUMN."
         )
     return found
+
+
+def refuse_repeats(table: Table, column: str) -> None:
+    """Raises `UserError` if a cell occurs twice in a column."""
+    again = table.frame[column].duplicated()
+    if again.any():
+        row = first(again)
+        raise UserError(
+            f"{table.where(row, column)}: '{table.frame[column][row]}' has a row already; "
+            "keep one of them."
+        )
+
+
+def first(bad: pd.Series[Any]) -> Any:
+    """The row number of the first true one."""
+    return bad.index.tolist()[bad.to_numpy().argmax()]

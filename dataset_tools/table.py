@@ -12,10 +12,8 @@ Every other column of --items is kept as a text attribute of its own name.
 from __future__ import annotations
 
 import argparse
-import ast
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +21,28 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dataset_tools.filters import Filters, add_filters, filter_words
+from dataset_tools.raw import check_name
+from dataset_tools.sequences import sequences
 from dataset_tools.sources import (
     ALIASES,
     Mapped,
     Table,
     check_columns,
     find,
+    first,
     need,
     parse_columns,
     read,
+    refuse_repeats,
 )
-from dataset_tools.write import Content, write_dataset
+from dataset_tools.write import Content, Interactions, Item, write_dataset
 from recbole_mm.data.atomic import IMAGE, ITEM, check_free, safe_token, stays_below
 from recbole_mm.errors import UserError
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_LEAST = "0"
 _ATTRIBUTES = [name for name in list(ALIASES)[list(ALIASES).index("title") :] if name != IMAGE]
 _BREAKS = re.compile(r"[\x00-\x1f\x7f]")
-_BETWEEN = re.compile(r"[\s,]+")
-_NO_COMMA = re.compile(r"""['"]\s+['"]""")  # ['a' 'b'], as numpy prints: Python would read 'ab'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,12 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--items", required=True, metavar="FILE", help="a row an item")
     add("--images", metavar="DIR", help="where the image column's paths begin (the items' folder)")
     add("--columns", default="", metavar="OURS=THEIRS,...", help="names of columns, see above")
-    add(
-        "--min_inter",
-        default="0",
-        metavar="N|U,I",
-        help="keep users and items with at least so many interactions, repeated until all have",
-    )
+    add_filters(parser, _LEAST, "attributes, or image")
 
 
 def run(arguments: argparse.Namespace) -> str:
@@ -71,18 +67,17 @@ def run(arguments: argparse.Namespace) -> str:
         UserError: a mistake in the flags or in the tables.
     """
     name: str = arguments.name
-    if not _NAME.fullmatch(name):
-        raise UserError(f"--name '{name}': use letters, digits, '.', '_' and '-' only.")
+    check_name(name)
     folder = Path(arguments.out) / name
     check_free(folder, arguments.force)
-    mapped, least = parse_columns(arguments.columns), parse_least(arguments.min_inter)
+    mapped, filters = parse_columns(arguments.columns), Filters.of(arguments)
     source = read(Path(arguments.interactions or arguments.sequences))
     items = read(Path(arguments.items))
     check_columns(mapped, [source, items])
     reading = read_interactions if arguments.interactions else read_sequences
-    rows = core(reading(source, mapped), *least)
-    root = Path(arguments.images) if arguments.images else items.path.parent
-    write_dataset(folder, _content(rows, items, root, mapped), _command(arguments), arguments.force)
+    known = Items(items, mapped, Path(arguments.images or items.path.parent))
+    content = known.content(reading(source, mapped), filters)
+    write_dataset(folder, content, _command(arguments), arguments.force)
     return name
 
 
@@ -93,20 +88,7 @@ def _command(arguments: argparse.Namespace) -> str:
         if value := getattr(arguments, flag):
             words += [f"--{flag}", Path(value).name]
     words += ["--columns", f"'{arguments.columns}'"] if arguments.columns else []
-    words += ["--min_inter", arguments.min_inter] if arguments.min_inter != "0" else []
-    return " ".join(words)
-
-
-def parse_least(text: str) -> tuple[int, int]:
-    """Reads ``--min_inter``: ``N``, or ``U,I`` for users and items.
-
-    Raises:
-        UserError: it is neither.
-    """
-    words = text.split(",")
-    if len(words) > 2 or not all(word.strip().isdecimal() for word in words):
-        raise UserError(f"--min_inter '{text}': give N, or U,I for users and items, as in 6,5.")
-    return int(words[0]), int(words[-1])
+    return " ".join([*words, *filter_words(arguments, _LEAST)])
 
 
 # ---------------------------------------------------------------- interactions
@@ -140,56 +122,17 @@ def read_sequences(table: Table, mapped: Mapped) -> pd.DataFrame:
     Raises:
         UserError: a column, an id or the items of a user are missing, or a user has two rows.
     """
-    user, column = need(table, "user_id", mapped), need(table, "item_ids", mapped)
-    _refuse_repeats(table, user)
-    lists = [_words(cell, table.where(row, column)) for row, cell in table.frame[column].items()]
-    lengths = np.array([len(items) for items in lists])
-    if not lengths.all():
-        row = table.frame.index.tolist()[lengths.argmin()]
-        raise UserError(f"{table.where(row, column)}: the user has no items; leave the row out.")
-    items = pd.Series([item for row in lists for item in row], dtype=object)
-    items.index = np.repeat(table.frame.index.to_numpy(), lengths)
+    users, lists = sequences(table, mapped)
+    items = lists.explode()
+    lengths = lists.map(len).to_numpy()
     starts = np.repeat(np.cumsum(lengths) - lengths, lengths)  # of each item's list. (N,)
     return pd.DataFrame(
         {
-            "user_id": np.repeat(_ids(table, user), lengths),
-            ITEM: _safe(items, lambda row: table.where(row, column)),
+            "user_id": np.repeat(_ids(table, str(users.name)), lengths),
+            ITEM: _safe(items, lambda row: table.where(row, str(lists.name))),
             "timestamp": (np.arange(len(items)) - starts + 1).astype(str).astype(object),
         }
     )
-
-
-def _words(cell: Any, where: str) -> list[str]:
-    """The item ids of one user: a list, one written as JSON or as Python prints it, or words."""
-    if isinstance(cell, list):
-        return cell
-    if cell and cell.lstrip().startswith("["):
-        return _listed(cell.strip(), where)
-    return [word for word in _BETWEEN.split(cell or "") if word]
-
-
-def _listed(cell: str, where: str) -> list[str]:
-    try:
-        ids = _from_json(cell)
-    except (ValueError, RecursionError):
-        ids = None if _NO_COMMA.search(cell) else _from_python(cell)
-    if not isinstance(ids, list) or not all(type(item) in (str, int) for item in ids):
-        raise UserError(
-            f'{where}: this is no list of item ids such as ["a", "b"]; mend it, or write the ids '
-            "with spaces between and no brackets."
-        )
-    return [str(item) for item in ids]
-
-
-def _from_json(cell: str) -> Any:
-    return json.loads(cell, parse_int=str, parse_float=str)  # numbers stay as they are written
-
-
-def _from_python(cell: str) -> Any:
-    try:
-        return ast.literal_eval(cell)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
 
 
 def _ids(table: Table, column: str) -> NDArray[Any]:
@@ -200,14 +143,9 @@ def _safe(ids: pd.Series[Any], where: Callable[[Any], str]) -> NDArray[Any]:
     """Ids by `safe_token`. Shape: (N,)."""
     odd = ids.map(lambda cell: not isinstance(cell, str) or not cell)
     if odd.any():
-        raise UserError(f"{where(_first(odd))}: an id is needed here.")
+        raise UserError(f"{where(first(odd))}: an id is needed here.")
     codes, known = pd.factorize(ids.to_numpy(dtype=object))
     return np.array([safe_token(raw) for raw in known], dtype=object)[codes]
-
-
-def _first(bad: pd.Series[Any]) -> Any:
-    """The row number of the first true one."""
-    return bad.index.tolist()[bad.to_numpy().argmax()]
 
 
 def parse_times(table: Table, column: str) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -229,7 +167,7 @@ def parse_times(table: Table, column: str) -> tuple[NDArray[Any], NDArray[Any]]:
     dates = pd.to_datetime(cells.where(numbers.isna()), format="ISO8601", utc=True, errors="coerce")
     bad = numbers.isna() if numbers.notna().mean() > 0.5 else dates.isna()
     if bad.any():
-        row = _first(bad)
+        row = first(bad)
         raise UserError(
             f"{table.where(row, column)}: '{cells[row]}' is no time; all rows need unix seconds, "
             "positions, or dates such as 2014-07-23 or 2014-07-23T18:00:00."
@@ -249,70 +187,96 @@ def _numbers(table: Table, column: str) -> NDArray[Any]:
     cells = table.frame[column]
     bad = _finite(cells).isna()
     if bad.any():
-        row = _first(bad)
+        row = first(bad)
         raise UserError(f"{table.where(row, column)}: '{cells[row]}' is no number.")
     return cells.str.strip().to_numpy(dtype=object)
-
-
-def core(rows: pd.DataFrame, users: int, items: int) -> pd.DataFrame:
-    """Drops users and items with too few interactions until none has.
-
-    Args:
-        rows: with columns user_id and item_id.
-        users: least interactions of a user.
-        items: least interactions of an item.
-
-    Raises:
-        UserError: nothing is left.
-    """
-    user, item = (pd.factorize(rows[name])[0] for name in ("user_id", ITEM))
-    left = np.arange(len(rows))  # (N,)
-    while True:
-        enough = (np.bincount(user[left])[user[left]] >= users) & (
-            np.bincount(item[left])[item[left]] >= items
-        )
-        if not enough.any():
-            raise UserError(f"--min_inter {users},{items} leaves no interaction; lower it.")
-        if enough.all():
-            return rows.iloc[left].reset_index(drop=True)
-        left = left[enough]
 
 
 # ---------------------------------------------------------------- items
 
 
-def _content(rows: pd.DataFrame, table: Table, root: Path, mapped: Mapped) -> Content:
-    """Puts together what is known about the items of the interactions."""
-    key = need(table, ITEM, mapped)
-    _refuse_repeats(table, key)
-    tokens = pd.Series(_ids(table, key), index=table.frame.index)
-    wanted = tokens.isin(rows[ITEM].unique())
-    image = find(table, IMAGE, mapped)
-    items = _attributes(table, key, image, mapped)
-    items.insert(0, ITEM, tokens)
-    if not wanted.any():
-        raise UserError(
-            f"{table.path}, column '{key}': no item of the interactions is among its ids, which "
-            f"begin with '{tokens.iloc[0]}', theirs with '{rows[ITEM].iloc[0]}': name the right "
-            "columns with --columns."
-        )
-    images = [] if image is None else _images(table, image, root, tokens, wanted)
-    notes = []
-    if extra := int((~wanted).sum()):
-        notes.append(f"items left out, without interaction: {extra:,}")
-    if bare := rows[ITEM].nunique() - int(wanted.sum()):
-        notes.append(f"items without a row in {table.path.name}: {bare:,}")
-    return Content(rows, items[wanted], images, notes)
+class Items:
+    """A table of items.
 
+    Args:
+        table: as it was read.
+        mapped: names of its columns.
+        root: folder where paths of pictures begin.
 
-def _refuse_repeats(table: Table, column: str) -> None:
-    again = table.frame[column].duplicated()
-    if again.any():
-        row = _first(again)
-        raise UserError(
-            f"{table.where(row, column)}: '{table.frame[column][row]}' has a row already; "
-            "keep one of them."
-        )
+    Raises:
+        UserError: a column is missing, or an item has two rows.
+    """
+
+    def __init__(self, table: Table, mapped: Mapped, root: Path) -> None:
+        self.key = need(table, ITEM, mapped)
+        refuse_repeats(table, self.key)
+        self.table, self.root = table, root
+        self.tokens = pd.Series(_ids(table, self.key), index=table.frame.index)
+        self._image = find(table, IMAGE, mapped)
+        self._values = _attributes(table, self.key, self._image, mapped)
+
+    def content(self, rows: pd.DataFrame, filters: Filters) -> Content:
+        """Puts interactions and what is known about their items together.
+
+        Raises:
+            UserError: they have no item in common, the filters leave nothing, or a path of a
+                picture leads out.
+        """
+        filters.check_required([str(name) for name in self._values.columns])
+        self._refuse_strangers(rows)
+        codes, known = pd.factorize(rows[ITEM])
+        rows, notes = filters.narrow(rows, self._misfits(known, filters)[codes])
+        wanted = self.tokens.isin(rows[ITEM].unique())
+        if extra := int((~wanted).sum()):
+            notes.append(f"items left out, without interaction: {extra:,}")
+        if bare := rows[ITEM].nunique() - int(wanted.sum()):
+            notes.append(f"items without a row in {self.table.path.name}: {bare:,}")
+        values = self._values[wanted].itertuples(index=False, name=None)
+        items = map(Item, self.tokens[wanted], values)
+        names = [str(name) for name in self._values.columns]
+        return Content(Interactions.of(rows), names, items, self._images(wanted), notes)
+
+    def _refuse_strangers(self, rows: pd.DataFrame) -> None:
+        if not self.tokens.isin(rows[ITEM].unique()).any():
+            raise UserError(
+                f"{self.table.path}, column '{self.key}': no item of the interactions is among its "
+                f"ids, which begin with '{self.tokens.iloc[0]}', theirs with "
+                f"'{rows[ITEM].iloc[0]}': name the right columns with --columns."
+            )
+
+    def _misfits(self, known: pd.Index[Any], filters: Filters) -> NDArray[np.uint8]:
+        """See `Filters.misfits`, for items by their tokens, in the table or not."""
+        values = self._values.set_axis(self.tokens).reindex(known)
+
+        def has(name: str) -> NDArray[np.bool_]:
+            if name == IMAGE:
+                images = self._images(self.tokens.isin(known))
+                return known.isin([token for token, path in images if path.is_file()])
+            return np.array([isinstance(cell, str) and cell != "" for cell in values[name]])
+
+        titles = values.get("title", pd.Series("", index=known))
+        lengths = [len(title) if isinstance(title, str) else 0 for title in titles]
+        return filters.misfits(has, np.array(lengths, dtype=np.int32))
+
+    def _images(self, wanted: pd.Series[Any]) -> list[tuple[str, Path]]:
+        if self._image is None:
+            return []
+        if not self.root.is_dir():
+            raise UserError(f"--images: there is no folder {self.root}.")
+        return [
+            (self.tokens[row], self._inside(row, path))
+            for row, cell in self.table.frame.loc[wanted, self._image].items()
+            for path in (cell if isinstance(cell, list) else [cell] if cell else [])
+        ]
+
+    def _inside(self, row: Any, path: str) -> Path:
+        source = self.root / path
+        if not stays_below(path) or not source.resolve().is_relative_to(self.root.resolve()):
+            raise UserError(
+                f"{self.table.where(row, str(self._image))}: '{path}' lies outside {self.root}; "
+                "give a path relative to --images."
+            )
+        return source
 
 
 def _attributes(table: Table, key: str, image: str | None, mapped: Mapped) -> pd.DataFrame:
@@ -334,22 +298,3 @@ def _attributes(table: Table, key: str, image: str | None, mapped: Mapped) -> pd
 def _joined(cells: pd.Series[Any], between: str) -> pd.Series[Any]:
     joined = [between.join(cell) if isinstance(cell, list) else cell for cell in cells]
     return pd.Series(joined, index=cells.index, dtype=object)
-
-
-def _images(
-    table: Table, column: str, root: Path, tokens: pd.Series[Any], wanted: pd.Series[Any]
-) -> list[tuple[str, Path]]:
-    if not root.is_dir():
-        raise UserError(f"--images: there is no folder {root}.")
-    found: list[tuple[str, Path]] = []
-    for row, cell in table.frame.loc[wanted, column].items():
-        paths: Sequence[str] = cell if isinstance(cell, list) else [cell] if cell else []
-        for path in paths:
-            source = root / path
-            if not stays_below(path) or not source.resolve().is_relative_to(root.resolve()):
-                raise UserError(
-                    f"{table.where(row, column)}: '{path}' lies outside {root}; give a path "
-                    "relative to --images."
-                )
-            found.append((tokens[row], source))
-    return found

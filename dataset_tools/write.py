@@ -1,28 +1,75 @@
-"""The one writer of datasets: atomic files, copied pictures, a summary and a dataset card."""
+"""The one writer of datasets: atomic files, copied pictures, a summary and a dataset card.
+
+Interactions and items are read once and a row at a time, so they may be on disk until then.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
+from tqdm import tqdm
 
 from recbole_mm.data.atomic import (
     ITEM,
     ITEM_FIELDS,
+    URL_HEADER,
+    escape,
     item_cell,
     new_folder,
+    open_table,
+    text_header,
     write_images,
     write_table,
-    write_text,
 )
 from recbole_mm.data.images import BadImageError, decode, open_header, read_bytes
 
 _TYPES = {"user_id": "token", "item_id": "token", "timestamp": "float", "rating": "float"}
+_ADDRESS = "address of a picture"
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """Rows of `.inter`, in final order: a user's together and oldest first.
+
+    Attributes:
+        columns: user_id, item_id, timestamp and perhaps rating.
+        rows: their cells, all text, ids by `safe_token`; read once.
+        users, items, count: how many there are.
+    """
+
+    columns: Sequence[str]
+    rows: Iterable[Sequence[str]]
+    users: int
+    items: int
+    count: int
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame) -> Interactions:
+        """Those of a frame of text."""
+        rows = zip(*(frame[name] for name in frame.columns), strict=True)
+        users, items = frame["user_id"].nunique(), frame[ITEM].nunique()
+        return cls([str(name) for name in frame.columns], rows, users, items, len(frame))
+
+
+class Item(NamedTuple):
+    """What is known of an item.
+
+    Attributes:
+        token: its id, by `safe_token`.
+        values: raw strings or None, one an attribute.
+        urls: addresses of pictures, the best first.
+    """
+
+    token: str
+    values: Sequence[str | None]
+    urls: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -30,16 +77,16 @@ class Content:
     """What a converter has made of its source.
 
     Attributes:
-        interactions: columns user_id, item_id, timestamp and perhaps rating, all text; ids by
-            `safe_token`; rows in final order, a user's together and oldest first.
-        items: item_id and one column an attribute, raw strings or None; no other items than those
-            of the interactions.
+        interactions: who took what, and when.
+        attributes: names of the items' values.
+        items: no others than those of the interactions, each once; read once.
         images: item and source file, in the order of preference; a file may not exist.
         notes: sentences for summary and card, such as what was left out.
     """
 
-    interactions: pd.DataFrame
-    items: pd.DataFrame
+    interactions: Interactions
+    attributes: Sequence[str]
+    items: Iterable[Item]
     images: Sequence[tuple[str, Path]] = ()
     notes: Sequence[str] = ()
 
@@ -51,7 +98,8 @@ class Summary:
     Attributes:
         name: of the dataset.
         users, items, interactions: how many.
-        coverage: items that have each attribute (not missing, not empty) or a usable picture.
+        coverage: items that have each attribute (not missing, not empty), an address of a picture
+            or a usable picture.
         bad_images: pictures left out, by reason.
         notes: as in `Content`.
     """
@@ -102,33 +150,49 @@ def write_dataset(folder: Path, content: Content, how: str, force: bool = False)
     name = folder.name
     with new_folder(folder, force) as fresh:
         _write_interactions(fresh / f"{name}.inter", content.interactions)
-        _write_items(fresh, name, content.items)
+        coverage = _write_items(fresh, name, content)
         images, bad = _copy_images(fresh / "images", content.images)
         if images:
             write_images(fresh / f"{name}.image", images)
-        summary = _summary(name, content, len(set(dict(images))), bad)
+        if content.images:
+            coverage["image"] = len(set(dict(images)))
+        rows = content.interactions
+        counts = (rows.users, rows.items, rows.count)
+        summary = Summary(name, *counts, coverage, bad, content.notes)
         (fresh / "README.md").write_text(_card(summary, how), encoding="utf-8")
     print("\n".join([str(folder), *(f"  {line}" for line in summary.lines())]))
     return summary
 
 
-def _write_interactions(path: Path, rows: pd.DataFrame) -> None:
-    header = [f"{name}:{_TYPES[name]}" for name in rows.columns]
-    write_table(path, header, zip(*(rows[name] for name in rows.columns), strict=True))
+def _write_interactions(path: Path, interactions: Interactions) -> None:
+    header = [f"{name}:{_TYPES[name]}" for name in interactions.columns]
+    write_table(path, header, interactions.rows)
 
 
-def _write_items(folder: Path, name: str, items: pd.DataFrame) -> None:
-    """`.text` with everything, and `.item` with what RecBole's own models can use."""
-    attributes = [str(column) for column in items.columns if column != ITEM]
-    if attributes:
-        values = zip(*(items[attribute] for attribute in attributes), strict=True)
-        write_text(folder / f"{name}.text", attributes, zip(items[ITEM], values, strict=True))
-    known = [attribute for attribute in ITEM_FIELDS if attribute in attributes]
-    if not known:
-        return
-    header = [f"{ITEM}:token", *(f"{column}:{ITEM_FIELDS[column]}" for column in known)]
-    cells = [[item_cell(column, value) for value in items[column]] for column in known]
-    write_table(folder / f"{name}.item", header, zip(items[ITEM], *cells, strict=True))
+def _write_items(folder: Path, name: str, content: Content) -> dict[str, int]:
+    """Writes `.text` with everything, `.item` with what RecBole's own models can use and `.urls`;
+    returns how many items have something there."""
+    names = list(content.attributes)
+    known = [(field, names.index(field)) for field in ITEM_FIELDS if field in names]
+    fields = [f"{ITEM}:token", *(f"{field}:{ITEM_FIELDS[field]}" for field, _ in known)]
+    paths = {suffix: folder / f"{name}.{suffix}" for suffix in ("text", "item", "urls")}
+    had = Counter(dict.fromkeys(names, 0))
+    with (
+        open_table(paths["text"], text_header(names)) as write_text,
+        open_table(paths["item"], fields) as write_item,
+        open_table(paths["urls"], URL_HEADER) as write_url,
+    ):
+        for item in content.items:
+            write_text([item.token, *map(escape, item.values)])
+            write_item([item.token, *(item_cell(field, item.values[at]) for field, at in known)])
+            for url in item.urls:
+                write_url([item.token, escape(url)])
+            had.update(field for field, value in zip(names, item.values, strict=True) if value)
+            had.update([_ADDRESS] if item.urls else [])
+    for suffix, used in (("text", names), ("item", known), ("urls", _ADDRESS in had)):
+        if not used:
+            paths[suffix].unlink()
+    return dict(had)
 
 
 def _copy_images(
@@ -138,7 +202,8 @@ def _copy_images(
     copied: list[tuple[str, str]] = []
     taken: set[str] = set()
     bad: Counter[str] = Counter()
-    for item, source in images:
+    bar = tqdm(images, desc="pictures", unit="picture", ncols=100, disable=not images)
+    for item, source in bar:
         try:
             data = read_bytes(source)
             decode(data)
@@ -164,26 +229,6 @@ def _free_name(item: str, suffix: str, taken: set[str]) -> str:
     return name
 
 
-def _summary(name: str, content: Content, pictured: int, bad: Counter[str]) -> Summary:
-    rows, items = content.interactions, content.items
-    coverage = {
-        str(column): int(items[column].map(bool).sum())
-        for column in items.columns
-        if column != ITEM
-    }
-    if content.images:
-        coverage["image"] = pictured
-    return Summary(
-        name,
-        rows["user_id"].nunique(),
-        rows[ITEM].nunique(),
-        len(rows),
-        coverage,
-        bad,
-        content.notes,
-    )
-
-
 def _card(summary: Summary, how: str) -> str:
     """The dataset card: what is in the folder and how it was made."""
     facts = "\n".join(f"- {line}" for line in summary.lines())
@@ -201,6 +246,7 @@ Made by
 | `{summary.name}.item` | item attributes that RecBole's own models read |
 | `{summary.name}.text` | texts of items as they came, with `\\t \\n \\r \\\\`; `\\N` is missing |
 | `{summary.name}.image` | pictures of items, below `images/` |
+| `{summary.name}.urls` | addresses of pictures that were not fetched, the best first |
 
 Files without content are left out. Licence and terms are those of the source.
 """

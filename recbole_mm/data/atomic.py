@@ -27,6 +27,7 @@ from recbole_mm.errors import UserError, nearest
 ITEM = "item_id"
 IMAGE = "image"
 URL = "url"
+URL_HEADER = (f"{ITEM}:token", f"{URL}:token")
 LONGEST_URL = 2_000
 PAD = "[PAD]"  # RecBole's token of id 0
 RECBOLE_TYPES = ("token", "token_seq", "float", "float_seq")
@@ -343,14 +344,21 @@ def is_address(text: str) -> bool:
 # ---------------------------------------------------------------- writing
 
 
-def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> int:
-    """Writes an atomic file of cells that need no escaping any more; returns the number of rows."""
-    count = 0
+@contextmanager
+def open_table(path: Path, header: Sequence[str]) -> Iterator[Callable[[Sequence[str]], object]]:
+    """Opens an atomic file; what it yields writes one row of cells that need no escaping."""
     # A lone surrogate is no text: it is written as '?'.
     with path.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
         file.write("\t".join(header) + "\n")
+        yield lambda cells: file.write("\t".join(cells) + "\n")
+
+
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> int:
+    """Writes an atomic file of cells that need no escaping any more; returns the number of rows."""
+    count = 0
+    with open_table(path, header) as write:
         for count, row in enumerate(rows, 1):  # noqa: B007
-            file.write("\t".join(row) + "\n")
+            write(row)
     return count
 
 
@@ -358,8 +366,13 @@ def write_text(
     path: Path, attributes: Sequence[str], rows: Iterable[tuple[str, Sequence[str | None]]]
 ) -> int:
     """Writes a `.text` file from (item, one value an attribute); returns the number of rows."""
-    header = [f"{ITEM}:token", *(f"{name}:text" for name in attributes)]
-    return write_table(path, header, ((item, *map(escape, values)) for item, values in rows))
+    cells = ((item, *map(escape, values)) for item, values in rows)
+    return write_table(path, text_header(attributes), cells)
+
+
+def text_header(attributes: Sequence[str]) -> list[str]:
+    """The header of a `.text` file."""
+    return [f"{ITEM}:token", *(f"{name}:text" for name in attributes)]
 
 
 def write_images(path: Path, rows: Iterable[tuple[str, str]]) -> int:
@@ -370,8 +383,7 @@ def write_images(path: Path, rows: Iterable[tuple[str, str]]) -> int:
 
 def write_urls(path: Path, rows: Iterable[tuple[str, str]]) -> int:
     """Writes a `.urls` file from (item, address), the best first; returns the number of rows."""
-    header = [f"{ITEM}:token", f"{URL}:token"]
-    return write_table(path, header, ((item, escape(url)) for item, url in rows))
+    return write_table(path, URL_HEADER, ((item, escape(url)) for item, url in rows))
 
 
 def check_free(folder: Path, force: bool) -> None:

@@ -58,7 +58,7 @@ def test_every_release(tmp_path: Path, variant: str, nested: bool) -> None:
     raw.mkdir(parents=True)
     FILES[variant](raw)
     assert make(tmp_path / "raw", tmp_path / "out", variant) == 0
-    folder = tmp_path / "out" / f"ml-{variant}"
+    folder = tmp_path / "out" / ("movielens-100k" if variant == "100k" else f"ml-{variant}")
     rows = interactions(folder)
     first = {"100k": ["196", "302"], "1m": ["1", "242"], "latest-small": ["1", "302"]}[variant]
     assert rows[0][:2] == first  # by time

@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 
 from dataset_tools.__main__ import main
+from dataset_tools.filters import core
 from dataset_tools.sources import read
-from dataset_tools.table import core, parse_times
+from dataset_tools.table import parse_times
 from recbole_mm.data.atomic import safe_token
 from recbole_mm.data.content import ItemContent
 from recbole_mm.data.images import ImageStore

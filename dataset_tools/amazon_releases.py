@@ -1,0 +1,118 @@
+"""What each release of Amazon's reviews calls its files and fields, and where its pictures are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from recbole_mm.errors import UserError
+
+TEXTS = ("title", "price", "brand", "categories", "description")
+SHORT = {  # names of datasets that papers use, where they are not the category's first word
+    "Clothing_Shoes_and_Jewelry": "clothing",
+    "Sports_and_Outdoors": "sports",
+    "Toys_and_Games": "toys",
+    "Grocery_and_Gourmet_Food": "grocery",
+    "Arts_Crafts_and_Sewing": "arts",
+    "Cell_Phones_and_Accessories": "phones",
+    "Video_Games": "games",
+    "Baby_Products": "baby",
+}
+Pictures = Callable[[Mapping[str, Any]], Iterator[Sequence[Any]]]
+
+
+@dataclass(frozen=True)
+class Release:
+    """What one release calls its files and fields.
+
+    Attributes:
+        name: of the command, and how names of its datasets begin.
+        source: address of its description.
+        reviews: files of reviews, ``{}`` is the category; the first that is there is taken.
+        products: files of products.
+        fields: user, item, time and rating of a review.
+        units: of its times in a second.
+        texts: field of a product for each of `TEXTS`.
+        pictures: of a product's record, each picture's addresses, the best first.
+    """
+
+    name: str
+    source: str
+    reviews: Sequence[str]
+    products: Sequence[str]
+    fields: tuple[str, str, str, str]
+    units: int
+    texts: Mapping[str, str]
+    pictures: Pictures
+
+
+def dataset_name(release: Release, category: str) -> str:
+    """`amazon-beauty` for the release of 2014, which the papers mean; `amazon2018-beauty`.
+
+    Raises:
+        UserError: the category is no name.
+    """
+    if not category.replace("_", "").isalnum() or not category.isascii():
+        raise UserError(f"--category '{category}': write it as the source does, as Video_Games.")
+    short = SHORT.get(category, category.split("_")[0]).lower()
+    return f"{release.name.removesuffix('2014')}-{short}"
+
+
+def _of_2014(record: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
+    """One address."""
+    yield [record.get("imUrl")]
+
+
+def _of_2018(record: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
+    """Lists of large and of small pictures."""
+    for name in ("imageURLHighRes", "imageURL"):
+        for address in _list(record.get(name)):
+            yield [address]
+
+
+def _of_2023(record: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
+    """A list of pictures, each in several sizes; the main one first."""
+    pictures = [one for one in _list(record.get("images")) if isinstance(one, dict)]
+    for one in sorted(pictures, key=lambda one: one.get("variant") != "MAIN"):
+        yield [one.get("hi_res"), one.get("large")]
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+_OLD = ("reviewerID", "asin", "unixReviewTime", "overall")
+_PLAIN = dict(zip(TEXTS, TEXTS, strict=True))
+RELEASES = (
+    Release(
+        "amazon2014",
+        "https://jmcauley.ucsd.edu/data/amazon/",
+        ("reviews_{}_5.json", "reviews_{}.json"),
+        ("meta_{}.json",),
+        _OLD,
+        1,
+        _PLAIN,
+        _of_2014,
+    ),
+    Release(
+        "amazon2018",
+        "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/",
+        ("{}_5.json", "{}.json"),
+        ("meta_{}.json",),
+        _OLD,
+        1,
+        {**_PLAIN, "categories": "category"},
+        _of_2018,
+    ),
+    Release(
+        "amazon2023",
+        "https://amazon-reviews-2023.github.io/",
+        ("{}.jsonl",),
+        ("meta_{}.jsonl",),
+        ("user_id", "parent_asin", "timestamp", "rating"),
+        1000,
+        {**_PLAIN, "brand": "store"},
+        _of_2023,
+    ),
+)
