@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Instead of infinity, with which a row without any token would be NaN; fp16 still holds it.
+# Instead of infinity, of which torch before 2.5 makes NaN in a row without tokens; fp16 holds it.
 _UNSEEN = -65504.0
 
 
@@ -69,6 +69,6 @@ def _attend(attention: Any, h: Tensor, d: Tensor, bias: Tensor) -> Tensor:
         for each in (attention.q(h), attention.k(both), attention.v(both))
     )
     dropout = attention.dropout.p if attention.training else 0.0
-    seen = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout)
+    seen = F.scaled_dot_product_attention(q, k, v, bias, dropout)
     out: Tensor = attention.o(seen.transpose(1, 2).flatten(2))
     return out

@@ -60,7 +60,7 @@ class PrefixModel:
     """A Hugging Face base model that takes vectors beside its text; has no weights of its own.
 
     Attributes:
-        model: the model, as it was given; nothing in it is changed.
+        model: the model, as it was given; its weights and their names stay as they are.
         n_layers: its layers, each of which takes a prefix.
         width: H, of the states that enter a layer, and of a prefix.
         max_tokens: the longest text it has positions for.

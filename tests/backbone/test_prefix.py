@@ -314,7 +314,7 @@ def test_bf16(kind: str, attention: str, is_autocast: bool) -> None:
 
 def test_sizes() -> None:
     for kind in KINDS:
-        prefixed = PrefixModel(build_model(kind))
+        prefixed = PrefixModel(build_model(kind, "eager" if kind == "mpnet" else "sdpa"))
         assert (prefixed.n_layers, prefixed.width, prefixed.max_tokens) == (
             LAYERS,
             WIDTH,
