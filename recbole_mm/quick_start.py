@@ -16,6 +16,7 @@ from recbole_mm import compat, machine, registry
 from recbole_mm.config import VOLATILE_KEYS, MMConfig, parse_value
 from recbole_mm.errors import UserError, nearest
 from recbole_mm.report.places import PLACES, write_places
+from recbole_mm.report.slices import warm_and_cold
 from recbole_mm.trainer.checkpoint import write_json
 from recbole_mm.trainer.run import Run, check_given, check_same, earlier_run, same_run
 
@@ -214,6 +215,9 @@ def _work(
     logger.info(model)
     rows, trainer = (_staged if is_staged(model) else _zoo)(config, model, data, place, train)
     places = {row["name"]: row.pop("places") for row in rows}
+    for row in rows:
+        parts = (data.train._dataset, data.test._dataset)
+        row["slices"] = warm_and_cold(*parts, places[row["name"]], list(row["test"]))
     result = _result(config, place, model, data, trainer, rows, time.perf_counter() - started)
     if train:
         write_places(place.folder / PLACES, data.dataset, places)
@@ -406,6 +410,7 @@ def _result(
         "test": chosen["test"],
         "valid_protocols": chosen["valid_protocols"],
         "test_protocols": chosen["test_protocols"],
+        "slices": chosen["slices"],
         "test_users": _users(data.test),
         "stages": _stages(place, rows),
         "rows": rows if len(rows) > 1 else [],

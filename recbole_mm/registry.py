@@ -15,6 +15,7 @@ MODELS = {
     "LRURec": "recbole_mm.model.lrurec:LRURec",
     "LlamaRec": "recbole_mm.model.prime:PRIME",  # an alias: its YAML stands above PRIME's
     "PRIME": "recbole_mm.model.prime:PRIME",
+    "RARec": "recbole_mm.model.rarec:RARec",
 }
 
 # RecBole's models, mended in subclasses of the same name.
@@ -36,6 +37,7 @@ TRAINERS = {
     "LRURec": "recbole_mm.trainer.staged:StagedTrainer",
     "LlamaRec": "recbole_mm.trainer.staged:StagedTrainer",
     "PRIME": "recbole_mm.trainer.staged:StagedTrainer",
+    "RARec": "recbole_mm.trainer.staged:StagedTrainer",
     "RaCT": "recbole_mm.trainer.special:PhasedTrainer",
     "RecVAE": "recbole_mm.trainer.special:RecVAETrainer",
     "S3Rec": "recbole_mm.trainer.special:PhasedTrainer",

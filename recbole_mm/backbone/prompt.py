@@ -142,6 +142,13 @@ class TextEncoder:
     def _encode(self, text: str, **how: bool) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False, **how))
 
+    def words(self, text: str, max_tokens: int) -> list[int]:
+        """Token ids of a plain text after a space, cleaned, at most `max_tokens` of them."""
+        ids = self.plain(f" {clean_text(text[: max_tokens * _CHARACTERS_PER_TOKEN])}")[:max_tokens]
+        while ids and self.tokenizer.decode(ids).endswith("\N{REPLACEMENT CHARACTER}"):
+            ids.pop()  # the cut fell inside a character
+        return ids
+
     def field(self, text: str, max_tokens: int) -> list[int]:
         """Token ids of one attribute's value inside JSON quotes, at most `max_tokens` of them."""
         text = clean_text(text[: max_tokens * _CHARACTERS_PER_TOKEN])

@@ -1,0 +1,227 @@
+"""The stage that tunes an alignment of ID vectors with a language model (RA-Rec, section 3.3)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recbole_mm.data.construction import construct
+from recbole_mm.data.sequences import UserSequences, epoch_plan
+from recbole_mm.model.layers.alignment import bpr, info_nce
+from recbole_mm.model.layers.id_vectors import IdVectors
+from recbole_mm.model.layers.ranking import choose_alpha
+from recbole_mm.stage import Stage, StageContext, StageSettings, UnfitWeightsError, seeded_rows
+
+Ints = NDArray[np.int64]
+MANIFEST = "samples.json"
+_TO_SCALE = 20_000  # histories that means and deviations are taken from
+_TO_FUSE = 1_000  # validation users that the weight of `fusion` is chosen on
+_FINGERPRINT = "text_fingerprint"
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """What the alignment is tuned on and by.
+
+    Attributes:
+        data_mode: which samples, see `recbole_mm.data.construction`.
+        n_samples: how many.
+        n_buckets: quantiles of history length and of popularity.
+        batch_size: samples a plan entry.
+        align_weight: lambda of equation 16.
+        temperature: tau of equations 14 and 15.
+    """
+
+    data_mode: str
+    n_samples: int
+    n_buckets: tuple[int, int]
+    batch_size: int
+    align_weight: float
+    temperature: float
+
+
+@dataclass(frozen=True)
+class TuningBatch:
+    """An entry of the plan; its negatives are drawn from `seed`."""
+
+    samples: Ints
+    seed: tuple[int, int, int]
+
+
+class AlignmentStage(Stage):
+    """Tunes the alignment, and the language model where that is asked for.
+
+    Args:
+        name: of the stage.
+        model: an `RARec`; its ID model is as the stage before left it.
+        settings: how it is optimised.
+        tuning: on what.
+        train_dataset: the training part, with its `train_sequences`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        settings: StageSettings,
+        tuning: TuningSettings,
+        train_dataset: Any,
+    ) -> None:
+        super().__init__(name, model.aligned, settings)
+        self.model, self.tuning = model, tuning
+        self.sequences: UserSequences = train_dataset.train_sequences
+        self.samples, self.manifest = construct(
+            self.sequences,
+            model.titles,
+            tuning.data_mode,
+            tuning.n_samples,
+            model.seed,
+            tuning.n_buckets,
+        )
+
+    def prepare(self, context: StageContext) -> None:
+        """Scales the ID vectors, and computes every frozen text state once."""
+        counts = np.bincount(self.sequences.items, minlength=self.model.n_items)
+        ids = IdVectors(self.model.id_model, torch.from_numpy(counts > 0))
+        some = seeded_rows(len(self.samples), _TO_SCALE, context.seed)
+        rows = np.arange(len(self.samples)) if some is None else some.numpy()
+        ids.fit([self._history(int(row)) for row in rows])
+        self.model.take_ids(ids)
+        path = context.run_dir / MANIFEST
+        path.write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
+        is_trained = self.settings.weights_from is None and self.settings.epochs > 0
+        if is_trained and self._contrasts:
+            read = self.model.texts
+            texts = [read.history(self._history(row)) for row in range(len(self.samples))]
+            items = [read.item(item) for item in range(1, self.model.n_items)]
+            self.model.text_states.fill([*texts, *items], context.show_progress)
+
+    @property
+    def _contrasts(self) -> bool:
+        return self.tuning.align_weight > 0 and bool(self.model.aligned.contrasts)
+
+    def _history(self, row: int) -> Ints:
+        """The newest items before a sample's target, oldest first."""
+        place = int(self.samples.place[row])
+        length = min(int(self.samples.length[row]), self.model.max_seq_length)
+        return self.sequences.items[place - length : place]
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Biases and norms of a trained language model never decay; the alignment does (lambda of
+        equation 13)."""
+        trained = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
+        fixed = [p for n, p in trained if p.ndim <= 1 and n.startswith("language_model")]
+        known = set(map(id, fixed))
+        return [
+            {"params": [p for _, p in trained if id(p) not in known]},
+            {"params": fixed, "weight_decay": 0.0},
+        ]
+
+    def plan(self, epoch: int) -> list[TuningBatch]:
+        """Batches of samples with histories of like length, which have texts of like length."""
+        lengths = np.minimum(self.samples.length, self.model.max_seq_length)
+        batches = epoch_plan(lengths, self.tuning.batch_size, self.model.seed, epoch)
+        return [
+            TuningBatch(batch, (self.model.seed, epoch, number))
+            for number, batch in enumerate(batches)
+        ]
+
+    def loss(self, batch: TuningBatch) -> Tensor:
+        """Equation 16. Shape: ()."""
+        model = self.model
+        model.forget()
+        rows = batch.samples
+        liked = self.sequences.items[self.samples.place[rows]]  # (B,)
+        other = self._negatives(rows, np.random.default_rng(batch.seed))  # (B,)
+        histories = [self._history(row) for row in rows]
+        texts = [model.texts.history(history) for history in histories]
+        u = model.ids.users(histories)  # (B, D)
+        users = model.aligned.users(texts, u)  # (B, H)
+        known, at = np.unique(np.concatenate([liked, other]), return_inverse=True)
+        item_texts = [model.texts.item(item) for item in known.tolist()]
+        i = model.item_ids[torch.from_numpy(known).to(u.device)]  # (n, D)
+        items = model.aligned.items(item_texts, i)[torch.from_numpy(at).to(u.device)]  # (2B, H)
+        scores = (users.repeat(2, 1) * items).sum(1) * model.aligned.scale
+        loss = bpr(*scores.chunk(2))
+        if not self._contrasts:
+            return loss
+        owners = self.sequences.users[self.samples.owner[rows]]
+        return loss + self.tuning.align_weight * (
+            self._contrast("user", u, texts, torch.from_numpy(owners))
+            + self._contrast("item", i, item_texts, torch.from_numpy(known))
+        )
+
+    def _contrast(self, side: str, vectors: Tensor, texts: list[Ints], ids: Tensor) -> Tensor:
+        """Equation 14 or 15. Shape: ()."""
+        projected = self.model.aligned.sides[side].project(vectors)  # (N, B, H)
+        states = self.model.text_states.get(texts).to(projected)  # (N, B, H)
+        return info_nce(projected, states, ids.to(projected.device), self.tuning.temperature)
+
+    def _negatives(self, rows: Ints, rng: np.random.Generator) -> Ints:
+        """An item for each sample that its user never took in training; any, of one who took
+        nearly all. Shape: (B,)."""
+        drawn = rng.integers(1, self.model.n_items, (len(rows), 20))  # (B, 20)
+        for row, owner in enumerate(self.samples.owner[rows]):
+            free = ~np.isin(drawn[row], self.sequences[int(owner)])
+            drawn[row, 0] = drawn[row, free.argmax()]
+        return drawn[:, 0]
+
+    def _trained(self) -> list[Tensor]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    # --- what is saved ---------------------------------------------------------------------
+    def state(self) -> dict[str, Tensor]:
+        """Trained weights only, and the mark of the texts' tokenizer."""
+        trained = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad}
+        digest = bytes.fromhex(self.model.aligned.language_model.fingerprint)
+        return {**trained, _FINGERPRINT: torch.tensor(list(digest), dtype=torch.uint8)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes back what `state` gave.
+
+        Raises:
+            UnfitWeightsError: they belong to another language model or another alignment.
+        """
+        own = self.state()
+        mark = state.get(_FINGERPRINT)
+        if mark is None or not torch.equal(mark.cpu(), own[_FINGERPRINT].cpu()):
+            raise UnfitWeightsError("they are of another language model or of other item texts")
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+            raise UnfitWeightsError("they do not fit this alignment")
+        parameters = dict(self.module.named_parameters())
+        with torch.no_grad():
+            for name in own.keys() - {_FINGERPRINT}:
+                parameters[name].copy_(state[name])
+        self.model.forget()
+
+    # --- fusion ----------------------------------------------------------------------------
+    @torch.no_grad()
+    def finish(self, context: StageContext) -> dict[str, Any]:
+        """Chooses the weight of the ID model's scores in `fusion` on validation users."""
+        model = self.model
+        some = seeded_rows(len(context.valid), _TO_FUSE, context.seed)
+        rows = torch.arange(len(context.valid)) if some is None else some
+        ours, theirs, targets = [], [], []
+        for part in rows.split(256):
+            batch = context.valid[part].to(model.device)
+            ours.append(model.standard_scores(batch, "alignment").cpu())
+            theirs.append(model.standard_scores(batch, "id_model").cpu())
+            targets.append(batch[model.ITEM_ID].cpu())
+        model.alpha, tried = choose_alpha(torch.cat(ours), torch.cat(theirs), torch.cat(targets))
+        return {
+            "trainable_parameters": sum(p.numel() for p in self._trained()),
+            "fusion_alpha": str(model.alpha),
+            "fusion_ndcg@10": {str(alpha): round(value, 6) for alpha, value in tried.items()},
+            "samples": self.manifest,
+        }
+
+    def restore(self, finished: Mapping[str, Any]) -> None:
+        """Takes back the weight of the ID model's scores."""
+        self.model.alpha = float(finished.get("fusion_alpha", 0.0))

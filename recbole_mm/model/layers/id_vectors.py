@@ -1,0 +1,128 @@
+"""Vectors of users and items from a trained sequential model, whatever its architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from recbole.data.interaction import Interaction
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recbole_mm.errors import UserError
+
+Ints = NDArray[np.int64]
+_TOLERANCE = 1e-3
+
+
+def padded(histories: list[Ints], length: int) -> tuple[Tensor, Tensor]:
+    """The newest items of each history, right-padded with 0, and how many. (B, L), (B,)."""
+    rows = torch.zeros(len(histories), length, dtype=torch.int64)  # (B, L)
+    for row, history in zip(rows, histories, strict=True):
+        newest = torch.from_numpy(np.asarray(history[-length:], dtype=np.int64))
+        row[: len(newest)] = newest
+    return rows, (rows > 0).sum(dim=1)
+
+
+class IdVectors:
+    """User and item vectors whose product is the model's score, but for a bias an item.
+
+    They are standardised: no dimension is larger than another, or than another model's. What the
+    model has learnt nothing of, an item that training never saw or a history of such alone, has
+    the zero vector, which is the mean.
+
+    Args:
+        model: any of RecBole's sequential models or ours; stays as it is.
+        warm: whether training has the item. Shape: (V,).
+    """
+
+    def __init__(self, model: Any, warm: Tensor) -> None:
+        self.model, self.warm = model, warm
+        self._table = item_table(model, len(warm))
+        self.size = int(self._table.weight.shape[1])
+        self._user_scale: tuple[Tensor, Tensor] | None = None
+
+    def fit(self, histories: list[Ints]) -> None:
+        """Takes mean and deviation of users' vectors from these histories."""
+        found = torch.cat(
+            [self._raw(histories[i : i + 512]) for i in range(0, len(histories), 512)]
+        )
+        self._user_scale = _scale(found)
+
+    @torch.no_grad()
+    def users(self, histories: list[Ints]) -> Tensor:
+        """Standardised vectors of users with these histories, oldest item first. Shape: (B, D)."""
+        if self._user_scale is None:
+            raise ValueError("fit first")
+        mean, deviation = self._user_scale
+        is_known = [bool(self.warm[torch.from_numpy(np.asarray(h))].any()) for h in histories]
+        known = torch.tensor(is_known, device=mean.device)[:, None]
+        return torch.where(known, (self._raw(histories) - mean) / deviation, 0.0)
+
+    @torch.no_grad()
+    def items(self) -> Tensor:
+        """Standardised vectors of all items. Shape: (V, D)."""
+        table = self._table.weight[: len(self.warm)].detach()
+        warm = self.warm.to(table.device)
+        mean, deviation = _scale(table[warm])
+        return torch.where(warm[:, None], (table - mean) / deviation, 0.0)
+
+    @torch.no_grad()
+    def _raw(self, histories: list[Ints]) -> Tensor:
+        self.model.eval()
+        rows, lengths = padded(histories, self.model.max_seq_length)
+        device = self._table.weight.device
+        found: Tensor = self.model.forward(rows.to(device), lengths.to(device))
+        return found
+
+
+def _scale(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each dimension; one that never varies is left as it is."""
+    deviation = vectors.std(dim=0, correction=0)
+    return vectors.mean(dim=0), torch.where(deviation > 1e-6, deviation, 1.0)
+
+
+@torch.no_grad()
+def item_table(model: Any, n_items: int) -> nn.Embedding:
+    """The embedding whose products with the model's states are its scores.
+
+    Raises:
+        UserError: the model has none: its scores are something else.
+    """
+    model.eval()
+    known = torch.arange(1, n_items)
+    histories = [known[i : i + 1 + i].numpy() for i in range(min(4, (n_items - 1) // 2))]
+    rows, lengths = padded(histories, model.max_seq_length)
+    try:
+        scores = _scores(model, rows, lengths)  # (B, V)
+        states = model.forward(rows.to(model.device), lengths.to(model.device)).to(scores)
+    except (TypeError, IndexError, RuntimeError, KeyError):
+        states = torch.empty(0)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and states.ndim == 2 and _fits(module, states, n_items):
+            rest = scores - states @ module.weight[:n_items].to(scores).T  # (B, V), the items' bias
+            if _spread(rest) < _TOLERANCE * _spread(scores):
+                return module
+    raise UserError(
+        f"id_model is {type(model).__name__}, whose scores are no products of a user's and an "
+        "item's vector: take another, such as LRURec, SASRec or GRU4Rec."
+    )
+
+
+def _spread(scores: Tensor) -> Tensor:
+    """How far rows differ. Shape: ()."""
+    return (scores - scores[:1])[:, 1:].abs().max()
+
+
+def _fits(table: nn.Embedding, states: Tensor, n_items: int) -> bool:
+    return table.num_embeddings >= n_items and table.embedding_dim == states.shape[1]
+
+
+def _scores(model: Any, rows: Tensor, lengths: Tensor) -> Tensor:
+    users = torch.arange(len(rows), 0, -1)  # others than the lengths
+    rows = F.pad(rows, (0, model.max_seq_length - rows.shape[1]))
+    fields = {model.USER_ID: users, model.ITEM_SEQ: rows, model.ITEM_SEQ_LEN: lengths}
+    found: Tensor = model.full_sort_predict(Interaction(fields).to(model.device))
+    return found.view(len(rows), -1)

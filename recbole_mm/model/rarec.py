@@ -1,0 +1,327 @@
+"""RA-Rec: the vectors of a trained ID model as prefixes in every layer of a frozen language model.
+
+Paper: Yu et al., "RA-Rec: An Efficient ID Representation Alignment Framework for LLM-based
+Recommendation", 2024 (https://arxiv.org/abs/2402.04527). There is no official code.
+
+Differs from the paper:
+- Equation 13 is minimised, 14 and 15 contrast pairs with the others of the batch, and equal users
+  or items are no negatives of each other; as printed neither would train anything.
+- Contrasted are the projected vector p and the mean text state that enters the layer; the paper
+  leaves open what is pooled.
+- A user's ID vector is that of the sample's own history, never of a later one.
+- ID vectors are standardised, so that an alignment does not depend on the ID model's scale.
+- Trained are 1,216,512 parameters at the paper's sizes (its 18,432 are the instructions alone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import inf
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from recbole.data.interaction import Interaction
+from recbole.model.abstract_recommender import SequentialRecommender
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recbole_mm.data.construction import MODES
+from recbole_mm.data.content import ItemContent
+from recbole_mm.errors import UserError
+from recbole_mm.model.layers.alignment import Alignment, InputAlignment
+from recbole_mm.model.layers.alignment_stage import AlignmentStage, TuningSettings
+from recbole_mm.model.layers.id_vectors import IdVectors, item_table
+from recbole_mm.model.layers.ranking import fuse
+from recbole_mm.model.layers.retriever_stage import RetrieverStage, TrainingRows
+from recbole_mm.registry import get_model
+from recbole_mm.stage import Readout, Stage, StageSettings
+
+Ints = NDArray[np.int64]
+INJECT = ("prefix", "inputs", "project_inputs")
+TUNE = ("alignment", "both", "language_model")
+SCORE_NORMS = ("none", "cosine")
+_FIRST_SCALE = 20.0  # of cosines
+
+
+class AlignedModel(nn.Module):
+    """A language model whose users and items are texts with ID vectors in them.
+
+    Args:
+        language_model: a `TextModel`.
+        id_size: D of the ID vectors.
+        config: of the model.
+
+    Attributes:
+        sides: the alignment of ``user`` and of ``item``.
+        contrasts: whether there are projected vectors in every layer to be contrasted.
+    """
+
+    def __init__(self, language_model: Any, id_size: int, config: Any) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.inject: str = config["inject"]
+        self.use_id: bool = config["use_id"]
+        self.tokens_at_once: int = config["score_tokens"]
+        trains = {"alignment": (True, False), "both": (True, True), "language_model": (False, True)}
+        has_prefix, trains_model = trains[config["tune"]]
+        if trains_model:
+            language_model.model.float().requires_grad_(True)
+        self.sides = nn.ModuleDict()
+        if has_prefix:
+            self.sides.update({side: self._side(id_size, config) for side in ("user", "item")})
+        self.contrasts = has_prefix and self.inject == "prefix" and self.use_id
+        self.log_scale: nn.Parameter | None = None
+        if config["score_norm"] == "cosine":
+            self.log_scale = nn.Parameter(torch.tensor(_FIRST_SCALE).log())
+
+    def _side(self, id_size: int, config: Any) -> nn.Module:
+        reads, n = self.language_model.reads, config["n_instructions"]
+        if self.inject == "prefix":
+            shared = config["projector"] == "shared"
+            return Alignment(reads.n_layers, id_size, reads.width, n, self.use_id, shared)
+        words = reads.word_embeddings
+        given = words.detach() if self.inject == "project_inputs" else None
+        return InputAlignment(id_size, words.shape[1], n, given)
+
+    @property
+    def scale(self) -> Tensor:
+        """Of a score: 1, or a learnt one of cosines. Shape: ()."""
+        return torch.ones(()) if self.log_scale is None else self.log_scale.exp()
+
+    def users(self, texts: Sequence[Ints], vectors: Tensor) -> Tensor:
+        """Vectors of users by their texts and standardised ID vectors. (B, D) -> (B, H)."""
+        return self._encode("user", texts, vectors)
+
+    def items(self, texts: Sequence[Ints], vectors: Tensor) -> Tensor:
+        """Vectors of items likewise. (B, D) -> (B, H)."""
+        return self._encode("item", texts, vectors)
+
+    def _encode(self, side: str, texts: Sequence[Ints], vectors: Tensor) -> Tensor:
+        """In groups of like length, so that little is padding."""
+        from recbole_mm.backbone.text_states import by_length
+
+        groups = by_length(texts, self.tokens_at_once)
+        parts = [self._group(side, [texts[row] for row in rows], vectors[rows]) for rows in groups]
+        order = torch.tensor([row for rows in groups for row in rows], device=vectors.device)
+        found = torch.cat(parts)[order.argsort()]
+        return F.normalize(found, dim=1) if self.log_scale is not None else found
+
+    def _group(self, side: str, texts: list[Ints], vectors: Tensor) -> Tensor:
+        batch = self.language_model.padded(texts)
+        if side not in self.sides:
+            return self.language_model.vectors(batch)  # type: ignore[no-any-return]
+        extra = self.sides[side](vectors)
+        how = {"prefix" if self.inject == "prefix" else "inputs": extra}
+        return self.language_model.vectors(batch, **how)  # type: ignore[no-any-return]
+
+
+class RARec(SequentialRecommender):
+    """RA-Rec behind RecBole's interface; see the module's head.
+
+    Attributes:
+        id_model: any sequential model whose scores are products of vectors.
+        aligned: the language model with the alignment.
+        active: whose scores are read: ``id_model``, ``alignment``, or ``fusion`` of both.
+        alpha: weight of the ID model's scores in ``fusion``.
+        backbone_name: for the result.
+    """
+
+    inner_model = "id_model"  # the key that names it; its YAML stands below this one's
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "inject": INJECT,
+        "projector": ("per_layer", "shared"),
+        "tune": TUNE,
+        "data_mode": MODES,
+        "score_norm": SCORE_NORMS,
+    }
+    bounds: ClassVar[dict[str, tuple[float, float]]] = {
+        "n_instructions": (0, inf),
+        "n_samples": (1, inf),
+        "temperature": (1e-3, inf),
+        "align_weight": (0, inf),
+        "max_user_tokens": (1, inf),
+        "max_item_tokens": (1, inf),
+        "score_tokens": (1, inf),
+    }
+    stage_names = ("id_model", "alignment")
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        self.seed: int = config["seed"]
+        self.active = "id_model"
+        self.alpha = 0.0
+        self.training_rows = TrainingRows.of(config)
+        self.id_model: Any = get_model(config["id_model"])(config, dataset)
+        self.tuning = _tuning(config)
+        self.ids: IdVectors
+        self._items: Tensor | None = None
+        self._users_kept: dict[bytes, Tensor] = {}
+        self._item_ids: Tensor | None = None
+        self.aligned: AlignedModel | None = None
+        self.backbone_name: str | None = None
+        if list(config["stages"] or self.stage_names) != ["id_model"]:
+            self._build(config, dataset)
+
+    def _build(self, config: Any, dataset: Any) -> None:
+        """The language model and what it reads."""
+        from recbole_mm.backbone.text_model import TextModelSpec, load_text_model
+        from recbole_mm.backbone.text_states import TextStates
+        from recbole_mm.backbone.texts import ItemTexts
+
+        content = ItemContent(Path(config["data_path"]), config["dataset"], dataset.item_tokens())
+        attributes = _attributes(config, content)
+        self.titles = [_text(content, item, attributes) for item in range(self.n_items)]
+        spec = TextModelSpec.from_mapping(config["backbone_spec"])
+        known = [title for title in self.titles if title]
+        model = load_text_model(spec, known, [config["task"]], self.seed)
+        self.backbone_name = model.name
+        id_size = _id_size(self.id_model, self.n_items)
+        self.aligned = AlignedModel(model, id_size, config)
+        self.texts = ItemTexts(
+            model,
+            lambda item: self.titles[item],
+            config["task"],
+            config["max_user_tokens"],
+            config["max_item_tokens"],
+        )
+        frozen = config["tune"] == "alignment"
+        self.text_states = TextStates(model, Path(config["cache_dir"]), frozen)
+
+    # --- stages ----------------------------------------------------------------------
+    def enter(self, stage_name: str) -> None:
+        """Scores are now those of this stage."""
+        self.active = stage_name
+
+    def make_stages(self, settings: Mapping[str, StageSettings], train_dataset: Any) -> list[Stage]:
+        """The stages in order, on the training part of a dataset."""
+        stages: list[Stage] = [
+            RetrieverStage(
+                "id_model", self.id_model, settings["id_model"], self.training_rows, train_dataset
+            )
+        ]
+        if self.aligned is not None:
+            how = settings["alignment"]
+            stages.append(AlignmentStage("alignment", self, how, self.tuning, train_dataset))
+        return stages
+
+    def readouts(self, last_stage: str) -> list[Readout]:
+        """The rows of the result, once the stages up to `last_stage` are in place."""
+        if last_stage == "id_model":
+            return [Readout("id_model", lambda: self.enter("id_model"))]
+        alpha = self.alpha if self.alpha != inf else "inf"
+        return [
+            Readout("id_model", lambda: self.enter("id_model"), chosen=False),
+            Readout("alignment", lambda: self.enter("alignment")),
+            Readout("fusion", lambda: self.enter("fusion"), False, {"fusion_alpha": alpha}),
+        ]
+
+    def take_ids(self, ids: IdVectors) -> None:
+        """The vectors of the trained ID model are these."""
+        self.ids = ids
+        self._item_ids = None
+        self.forget()
+
+    @property
+    def item_ids(self) -> Tensor:
+        """Standardised ID vectors of all items. Shape: (V, D)."""
+        if self._item_ids is None:
+            self._item_ids = self.ids.items()
+        return self._item_ids
+
+    def forget(self) -> None:
+        """To be called when weights have changed: users and items are encoded once as long as they
+        have not."""
+        self._items = None
+        self._users_kept.clear()
+
+    # --- scores ----------------------------------------------------------------------
+    @torch.no_grad()
+    def full_sort_predict(self, interaction: Interaction) -> Tensor:
+        """Scores of all items. Shape: (B, V)."""
+        if self.active != "fusion":
+            return self._scores(interaction, self.active)
+        ours, theirs = (self.standard_scores(interaction, s) for s in ("alignment", "id_model"))
+        return fuse(ours, theirs, self.alpha)
+
+    @torch.no_grad()
+    def predict(self, interaction: Interaction) -> Tensor:
+        """Scores of one item a row. Shape: (B,)."""
+        items = interaction[self.ITEM_ID]
+        return self.full_sort_predict(interaction).gather(1, items[:, None])[:, 0]
+
+    def standard_scores(self, interaction: Interaction, source: str) -> Tensor:
+        """Scores with mean 0 and deviation 1 in every row, as `fusion` adds them. Shape: (B, V)."""
+        scores = self._scores(interaction, source)
+        rest = scores[:, 1:]  # but for the pad
+        deviation = rest.std(dim=1, keepdim=True).clamp(min=1e-9)
+        return (scores - rest.mean(dim=1, keepdim=True)) / deviation
+
+    def _scores(self, interaction: Interaction, source: str) -> Tensor:
+        if source == "id_model":
+            found: Tensor = self.id_model.full_sort_predict(interaction)
+            return found.view(len(interaction), -1)
+        return self._users(interaction) @ self._item_vectors().T  # (B, V)
+
+    def _users(self, interaction: Interaction) -> Tensor:
+        """A vector for each row; equal histories are read once, until weights change. (B, H)"""
+        items = interaction[self.ITEM_SEQ].cpu().numpy()
+        ends = interaction[self.ITEM_SEQ_LEN].cpu().numpy()
+        rows = [row[:end] for row, end in zip(items, ends, strict=True)]
+        keys = [row.tobytes() for row in rows]
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._users_kept}
+        if new:
+            histories = list(new.values())
+            texts = [self.texts.history(history) for history in histories]
+            found = self._aligned().users(texts, self.ids.users(histories))
+            self._users_kept.update(zip(new, found, strict=True))
+        return torch.stack([self._users_kept[key] for key in keys])
+
+    def _item_vectors(self) -> Tensor:
+        """Of all items, the pad's of its empty text. Shape: (V, H)."""
+        if self._items is None:
+            texts = [self.texts.item(item) for item in range(self.n_items)]
+            self._items = self._aligned().items(texts, self.item_ids)
+        return self._items
+
+    def _aligned(self) -> AlignedModel:
+        if self.aligned is None:
+            raise UserError("stages is 'id_model' alone: add alignment to stages.")
+        return self.aligned
+
+
+def _id_size(model: Any, n_items: int) -> int:
+    return int(item_table(model, n_items).weight.shape[1])
+
+
+def _tuning(config: Any) -> TuningSettings:
+    return TuningSettings(
+        config["data_mode"],
+        config["n_samples"],
+        tuple(config["n_buckets"]),
+        config["alignment_batch_size"],
+        config["align_weight"],
+        config["temperature"],
+    )
+
+
+def _attributes(config: Any, content: ItemContent) -> list[str]:
+    """Those of the configured attributes that the dataset has.
+
+    Raises:
+        UserError: it has none.
+    """
+    found = [name for name in config["attributes"] if name in content.attributes]
+    if not found:
+        raise UserError(
+            f"The language model reads {', '.join(config['attributes'])}, but "
+            f"{content.path('text')} has none of them: set attributes to columns it has."
+        )
+    return found
+
+
+def _text(content: ItemContent, item: int, attributes: Sequence[str]) -> str | None:
+    values = [content.text(item, name) for name in attributes]
+    return ", ".join(value for value in values if value) or None

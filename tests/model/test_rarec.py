@@ -1,0 +1,338 @@
+"""RA-Rec on a small generated shop: what is scored, what is trained on what, and what is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from recbole_mm.config import MMConfig
+from recbole_mm.errors import UserError
+from recbole_mm.model.layers.id_vectors import IdVectors, item_table
+from recbole_mm.model.rarec import RARec
+from recbole_mm.quick_start import Data, build_model, prepare_data, run
+from recbole_mm.trainer.run import Run
+from recbole_mm.trainer.staged import StagedTrainer
+
+SMALL = {
+    "backbone": "tiny",
+    "epochs": 2,
+    "train_batch_size": 8,
+    "hidden_size": 16,
+    "inner_size": 16,
+    "dropout_prob": 0.0,
+    "attn_dropout_prob": 0.0,
+    "topk": [1, 5, 10, 20],
+    "tune": "alignment",
+    "score_norm": "none",
+    "n_samples": 60,
+    "alignment_batch_size": 8,
+    "alignment_max_steps": 2,
+    "alignment_valid_users": 0,
+    "show_progress": False,
+}
+
+
+@dataclass
+class Shop:
+    """A model and all it was made of; the ID model is untrained but its vectors are scaled."""
+
+    config: MMConfig
+    data: Data
+    model: RARec
+    stage: Any
+
+    @property
+    def rows(self) -> Any:
+        return self.data.test._dataset.inter_feat
+
+
+def shop_of(mini: Path, tmp_path: Path, **changes: Any) -> Shop:
+    keys = {**SMALL, "data_path": str(mini), "cache_dir": str(tmp_path / "cache"), **changes}
+    config = MMConfig("RARec", "mini", overrides=keys)
+    data = prepare_data(config)
+    model = build_model(config, data)
+    run = Run.start(tmp_path / "saved", config)
+    trainer = StagedTrainer(config, model, run)
+    trainer.data_collect(data.train)
+    trainer._open(data.train, data.valid, show_progress=False)
+    stage = trainer.stages[-1]
+    stage.prepare(trainer.context)
+    model.enter("alignment")
+    return Shop(config, data, model, stage)
+
+
+@pytest.fixture(scope="module")
+def shop(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+    """For tests that leave its weights alone."""
+    folder = tmp_path_factory.mktemp("rarec")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield shop_of(mini, folder)
+
+
+def one_by_one(model: RARec, history: list[int], side: str = "user") -> torch.Tensor:
+    """A user's or an item's vector by the definition: one text, one prefix, the mean state."""
+    language_model = model.aligned.language_model
+    if side == "user":
+        text = model.texts.history(history)
+        vector = model.ids.users([np.array(history)])
+    else:
+        text, vector = model.texts.item(history[0]), model.item_ids[history]
+    d = model.aligned.sides[side](vector)
+    ids = torch.from_numpy(text)[None]
+    states = language_model.reads(ids, torch.ones_like(ids), d)
+    return states[0].mean(dim=0)
+
+
+def test_a_score_is_the_product_of_both_towers(shop: Shop) -> None:
+    model, rows = shop.model, shop.rows
+    scores = model.full_sort_predict(rows)
+    for row in (0, 7, 23):
+        history = rows[model.ITEM_SEQ][row, : rows[model.ITEM_SEQ_LEN][row]].tolist()
+        user = one_by_one(model, history)
+        for item in (1, 5, 30):
+            expected = user @ one_by_one(model, [item], "item")
+            torch.testing.assert_close(scores[row, item], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model.predict(rows), scores.gather(1, rows[model.ITEM_ID][:, None])[:, 0]
+    )
+
+
+def test_a_row_alone_scores_as_among_others(shop: Shop) -> None:
+    together = shop.model.full_sort_predict(shop.rows)
+    shop.model.forget()
+    alone = shop.model.full_sort_predict(shop.rows[torch.tensor([11])])
+    torch.testing.assert_close(alone[0], together[11], rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_is_equation_16(shop: Shop) -> None:
+    model, stage = shop.model, shop.stage
+    batch = stage.plan(0)[0]
+    found = stage.loss(batch)
+    rng = np.random.default_rng(batch.seed)
+    liked = stage.sequences.items[stage.samples.place[batch.samples]]
+    other = stage._negatives(batch.samples, rng)
+    histories = [stage._history(row).tolist() for row in batch.samples]
+    ranking = torch.zeros(())
+    for history, a, b in zip(histories, liked, other, strict=True):
+        user = one_by_one(model, history)
+        better = user @ (one_by_one(model, [int(a)], "item") - one_by_one(model, [int(b)], "item"))
+        ranking = ranking - torch.log(torch.sigmoid(better)) / len(histories)
+
+    def text_states(text: np.ndarray) -> torch.Tensor:
+        ids = torch.from_numpy(text)[None]
+        _, states = model.aligned.language_model.reads.states(ids, torch.ones_like(ids))
+        return states[:, 0].mean(dim=1)  # (N, H)
+
+    def contrast(side: str, vectors: torch.Tensor, texts: list[np.ndarray], ids: list[int]) -> Any:
+        p = model.aligned.sides[side].project(vectors)  # (N, B, H)
+        t = torch.stack([text_states(text) for text in texts], dim=1)
+        total = torch.zeros(())
+        for layer in range(len(p)):
+            for k in range(len(ids)):
+                logits = F.cosine_similarity(p[layer, k][None], t[layer], dim=1) / 0.5
+                rivals = [j for j in range(len(ids)) if j == k or ids[j] != ids[k]]
+                total = total + logits[rivals].logsumexp(0) - logits[k]
+        return total / (len(p) * len(ids))
+
+    owners = stage.sequences.users[stage.samples.owner[batch.samples]].tolist()
+    u = model.ids.users([np.array(h) for h in histories])
+    users = contrast("user", u, [model.texts.history(h) for h in histories], owners)
+    items = sorted({*liked.tolist(), *other.tolist()})
+    texts = [model.texts.item(item) for item in items]
+    expected = ranking + 0.1 * (users + contrast("item", model.item_ids[items], texts, items))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)  # texts are kept in float16
+
+
+def test_samples_end_before_what_is_held_out(shop: Shop) -> None:
+    stage = shop.stage
+    held = {
+        (int(user), int(item))
+        for part in (shop.data.valid, shop.data.test)
+        for user, item in zip(
+            part._dataset.inter_feat["user_id"], part._dataset.inter_feat["item_id"], strict=True
+        )
+    }
+    for row in range(len(stage.samples)):
+        owner = int(stage.sequences.users[stage.samples.owner[row]])
+        target = int(stage.sequences.items[stage.samples.place[row]])
+        history = stage._history(row)
+        assert (owner, target) not in held
+        assert target == stage.sequences[int(stage.samples.owner[row])][len(history)]
+        whole = stage.sequences[int(stage.samples.owner[row])]
+        assert history.tolist() == whole[: len(history)].tolist()
+
+
+def test_a_users_vector_is_of_the_history_it_is_given(shop: Shop) -> None:
+    before = shop.model.ids.users([np.array([3, 4])])
+    among = shop.model.ids.users([np.array([5, 6, 7, 8, 9]), np.array([3, 4])])
+    torch.testing.assert_close(among[1:], before)
+
+
+def test_negatives_were_never_taken(shop: Shop) -> None:
+    stage = shop.stage
+    rows = np.arange(len(stage.samples))
+    for seed in range(5):
+        drawn = stage._negatives(rows, np.random.default_rng(seed))
+        for row, item in zip(rows, drawn, strict=True):
+            assert item not in stage.sequences[int(stage.samples.owner[row])]
+            assert 1 <= item < shop.model.n_items
+
+
+def test_only_the_alignment_learns_and_all_of_it(mini: Path, in_folder: Path) -> None:
+    shop = shop_of(mini, in_folder)
+    model, stage = shop.model, shop.stage
+    named = dict(model.named_parameters())
+    frozen = {n: p.clone() for n, p in named.items() if not n.startswith("aligned.sides")}
+    trained = dict(model.aligned.sides.named_parameters())
+    before = {n: p.detach().clone() for n, p in trained.items()}
+    optimizer = torch.optim.AdamW(stage.param_groups(), lr=1e-2)
+    stage.loss(stage.plan(0)[0]).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
+    optimizer.step()
+    assert all(not torch.equal(before[n], p) for n, p in trained.items())
+    assert all(torch.equal(frozen[n], p) for n, p in model.named_parameters() if n in frozen)
+    count = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
+    assert count == 2 * 2 * (64 * 16 + 64 + 64)  # towers, layers, (W, b, c)
+
+
+def test_it_learns_a_few_samples_by_heart(mini: Path, in_folder: Path) -> None:
+    shop = shop_of(mini, in_folder, n_samples=8, tune="both", data_mode="random", align_weight=0.0)
+    stage = shop.stage
+    optimizer = torch.optim.AdamW(stage.param_groups(), lr=2e-3)
+    batch = stage.plan(0)[0]
+    first = stage.loss(batch).item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        stage.loss(batch).backward()
+        optimizer.step()
+    assert stage.loss(batch).item() < 0.2 * first
+
+
+VARIANTS = [
+    {"use_id": False, "n_instructions": 2},
+    {"projector": "shared"},
+    {"n_instructions": 0},
+    {"inject": "inputs"},
+    {"inject": "project_inputs"},
+    {"tune": "both"},
+    {"tune": "language_model"},
+    {"score_norm": "cosine"},
+    {"data_mode": "all"},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_every_variant_takes_a_step(mini: Path, in_folder: Path, changes: dict[str, Any]) -> None:
+    shop = shop_of(mini, in_folder, **changes)
+    stage = shop.stage
+    before = shop.model.full_sort_predict(shop.rows)
+    optimizer = torch.optim.AdamW(stage.param_groups(), lr=1e-2)
+    stage.loss(stage.plan(0)[0]).backward()
+    optimizer.step()
+    shop.model.forget()
+    after = shop.model.full_sort_predict(shop.rows)
+    assert torch.isfinite(after[:, 1:]).all()
+    assert not torch.equal(before, after)
+    state = {name: tensor.clone() for name, tensor in stage.state().items()}
+    other = shop_of(mini, in_folder / "other", **changes)
+    other.stage.load_state(state)
+    other.model.id_model.load_state_dict(shop.model.id_model.state_dict())
+    other.model.take_ids(shop.model.ids)
+    torch.testing.assert_close(other.model.full_sort_predict(shop.rows), after)
+
+
+def test_texts_that_training_never_saw_have_no_vector(shop: Shop) -> None:
+    warm = torch.ones(shop.model.n_items, dtype=torch.bool)
+    warm[[4, 9]] = False
+    ids = IdVectors(shop.model.id_model, warm)
+    ids.fit([np.array([1, 2]), np.array([3]), np.array([5, 6])])
+    items = ids.items()
+    assert (items[4] == 0).all()
+    assert items[5].abs().sum() > 0
+    torch.testing.assert_close(items[warm].mean(dim=0), torch.zeros(16), atol=1e-5, rtol=0)
+    users = ids.users([np.array([4, 9]), np.array([4, 5])])
+    assert (users[0] == 0).all()
+    assert users[1].abs().sum() > 0
+
+
+def test_id_vectors_give_the_models_own_order(shop: Shop) -> None:
+    """Their unscaled product is the score, but for the items' bias."""
+    table = item_table(shop.model.id_model, shop.model.n_items)
+    assert table is shop.model.id_model.encoder.item_embedding
+
+
+def test_text_states_are_computed_once(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = shop.model.text_states
+    texts = [shop.model.texts.item(item) for item in (1, 2, 3)]
+    kept = states.get(texts)
+    fresh = shop.model.aligned.language_model.layer_means(
+        shop.model.aligned.language_model.padded(texts)
+    )
+    torch.testing.assert_close(kept, fresh, rtol=2e-3, atol=2e-3)
+
+    def never(*_: Any) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(states.model, "layer_means", never)
+    torch.testing.assert_close(states.get(texts), kept)
+
+
+def test_histories_are_read_newest_first_within_their_budget(shop: Shop) -> None:
+    texts, encoder = shop.model.texts, shop.model.aligned.language_model.encoder
+    items = list(range(1, 30))
+    row = texts.history(items)
+    assert len(row) <= shop.config["max_user_tokens"]
+    said = encoder.tokenizer.decode(row.tolist())
+    titles = [shop.model.titles[item] for item in items]
+    assert said.startswith(shop.config["task"])
+    assert str(titles[-1])[:8] in said
+    assert len(texts.history([1])) < len(texts.history([1, 2])) < len(row)
+    short = encoder.tokenizer.decode(texts.history([1, 2]).tolist())
+    assert short.index(str(titles[1])[:8]) < short.index(str(titles[0])[:8])
+
+
+@pytest.mark.parametrize("name", ["SASRec", "GRU4Rec"])
+def test_any_model_of_vectors_can_be_the_id_model(mini: Path, in_folder: Path, name: str) -> None:
+    extra = {"n_heads": 2} if name == "SASRec" else {"embedding_size": 16}
+    shop = shop_of(mini, in_folder, id_model=name, **extra)
+    assert torch.isfinite(shop.model.full_sort_predict(shop.rows)[:, 1:]).all()
+
+
+def test_mistakes_get_one_sentence(mini: Path, in_folder: Path) -> None:
+    for changes, says in (
+        ({"id_model": "HGN"}, "no products of a user's and an item's vector"),
+        ({"backbone": "tiny-qwen2-vl"}, "needs one that reads texts"),
+        ({"max_user_tokens": 4000}, "reads 512"),
+        ({"max_user_tokens": 3}, "the task alone takes"),
+        ({"attributes": ["plot"]}, "set attributes to columns it has"),
+    ):
+        with pytest.raises(UserError, match=says):
+            shop_of(mini, in_folder, **changes)
+
+
+def flags(mini: Path, **changes: Any) -> dict[str, Any]:
+    return {**SMALL, "data_path": str(mini), "alignment_max_steps": 6, **changes}
+
+
+def test_a_run_has_all_rows_slices_and_its_samples(mini: Path, in_folder: Path) -> None:
+    result = run("RARec", "mini", overrides=flags(mini))
+    assert [row["name"] for row in result["rows"]] == ["id_model", "alignment", "fusion"]
+    assert result["test"] == result["rows"][1]["test"]
+    stage = result["stages"]["alignment"]
+    assert stage["samples"]["samples"] == 60
+    assert stage["trainable_parameters"] == 2 * 2 * (64 * 16 + 64 + 64)
+    manifest = json.loads((Path(result["run_dir"]) / "samples.json").read_text())
+    assert manifest == stage["samples"]
+    slices = result["slices"]
+    assert slices["warm"]["users"] + slices["cold"]["users"] == result["test_users"]
+    total = sum(part["users"] * part.get("ndcg@10", 0.0) for part in slices.values())
+    assert total / result["test_users"] == pytest.approx(result["test"]["ndcg@10"], abs=1e-4)
