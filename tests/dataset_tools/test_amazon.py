@@ -108,6 +108,9 @@ def test_products_can_be_required_to_say_something(raw: Path, tmp_path: Path) ->
 def test_a_limit_reads_no_further(raw: Path, tmp_path: Path) -> None:
     assert make(raw, tmp_path, "amazon2014", "Beauty", "--min_inter=1", "--limit=4") == 0
     assert len(interactions(tmp_path / "amazon-beauty")) == 4
+    card = (tmp_path / "amazon-beauty" / "README.md").read_text()
+    assert "--min_inter 1 --limit 4" in card
+    assert "read from reviews_Beauty_5.json.gz and meta_Beauty.json.gz" in card
 
 
 def test_ratings_that_are_missing_leave_the_column_out(tmp_path: Path) -> None:
@@ -117,6 +120,17 @@ def test_ratings_that_are_missing_leave_the_column_out(tmp_path: Path) -> None:
     assert make(raw, tmp_path, "amazon2014", "Beauty", "--min_inter=1") == 0
     header, _ = read_table(tmp_path / "amazon-beauty" / "amazon-beauty.inter")
     assert [name for name, _ in header] == ["user_id", "item_id", "timestamp"]
+
+
+def test_ratings_are_written_as_they_came(tmp_path: Path) -> None:
+    """They wait as float32."""
+    raw = tmp_path / "raw"
+    stars = [5.0, 3.7, 0.1, 4]
+    reviews = [review("u", f"i{n}", n, overall=star) for n, star in enumerate(stars)]
+    pack(raw / "reviews_Beauty_5.json.gz", reviews)
+    pack(raw / "meta_Beauty.json.gz", [])
+    assert make(raw, tmp_path, "amazon2014", "Beauty", "--min_inter=1") == 0
+    assert [row[3] for row in interactions(tmp_path / "amazon-beauty")] == ["5", "3.7", "0.1", "4"]
 
 
 # --- what strangers write ---
