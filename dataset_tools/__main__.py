@@ -1,4 +1,4 @@
-"""Makes datasets and checks them: `python -m dataset_tools --help`."""
+"""Makes datasets, adds to them, checks them: `python -m dataset_tools --help`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dataset_tools import demo, microlens, movielens, table, verify
+from dataset_tools import demo, encode, images, microlens, movielens, table, verify
 from dataset_tools.amazon import Converter
 from dataset_tools.amazon_releases import RELEASES
 from recbole_mm.errors import told
@@ -23,17 +23,18 @@ CONVERTERS: dict[str, Any] = {
     "microlens": microlens,
     "demo": demo,
 }
-CHECKS = {"verify": verify}  # modules of the same kind that make nothing
+# Modules of the same kind that make no dataset; `INTERRUPTED` says what Ctrl-C leaves.
+ON_DATASETS: dict[str, Any] = {"encode": encode, "images": images, "verify": verify}
 _OUT = "dataset"  # where run_recbole_mm.py looks by itself
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one converter. Returns the exit code: 0 done, 1 a user's mistake, 130 interrupted."""
+    """Runs one command. Returns the exit code: 0 done, 1 a user's mistake, 130 interrupted."""
     parsed = _parser().parse_args(arguments)
     try:
         name = parsed.run(parsed)
     except KeyboardInterrupt:
-        print("\nInterrupted; nothing was written.", file=sys.stderr)
+        print(f"\nInterrupted; {parsed.interrupted}.", file=sys.stderr)
         return 130
     except Exception as error:
         if parsed.debug:
@@ -53,9 +54,10 @@ def _command(out: str, name: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m dataset_tools", description="Makes datasets for RecBole-MM and checks them."
+        prog="python -m dataset_tools",
+        description="Makes, completes and checks datasets for RecBole-MM.",
     )
-    known = {**CONVERTERS, **CHECKS}
+    known = {**CONVERTERS, **ON_DATASETS}
     commands = parser.add_subparsers(required=True, metavar="|".join(known))
     for name, module in known.items():
         text = (module.__doc__ or "").strip()
@@ -72,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
             )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        interrupted = getattr(module, "INTERRUPTED", "nothing was written")
+        command.set_defaults(run=module.run, interrupted=interrupted)
     return parser
 
 

@@ -1,8 +1,9 @@
 """Amazon's reviews with their products: the releases of 2014, 2018 and 2023.
 
 The files are looked for in --raw_dir under the names they have at the source, as they are (.json.gz
-or .jsonl.gz) or unpacked. Interactions are all reviews of a user in order of time; equal times,
-which are days in 2014 and 2018, keep the order of the file. Addresses of pictures go to NAME.urls.
+or .jsonl.gz) or unpacked, and downloaded where they are not there. Interactions are all reviews of
+a user in order of time; equal times, which are days in 2014 and 2018, keep the order of the file.
+Addresses of pictures go to NAME.urls.
 
   python -m dataset_tools amazon2014 --category Beauty --raw_dir raw --min_inter 5
 """
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from dataset_tools.amazon_releases import TEXTS, Release, dataset_name
+from dataset_tools.download import Remote
 from dataset_tools.events import Events
 from dataset_tools.lines import records
-from dataset_tools.raw import Plan, add_flags
+from dataset_tools.raw import Plan, add_flags, raw_file
 from dataset_tools.shelf import Shelf
 from recbole_mm.data.atomic import is_address
 from recbole_mm.errors import UserError
@@ -57,8 +59,10 @@ class Converter:
         words = [release.name, f"--category {category}"]
         plan = Plan.of(arguments, dataset_name(release, category), TEXTS, *words)
         reviews, products = (
-            find(Path(arguments.raw_dir), names, category, release)
-            for names in (release.reviews, release.products)
+            self._file(arguments, names, folder)
+            for names, folder in zip(
+                (release.reviews, release.products), release.folders, strict=True
+            )
         )
         events = read_reviews(reviews, release, plan.bad, arguments.limit)
         with plan.shelf(events) as shelf:
@@ -66,22 +70,11 @@ class Converter:
             plan.write(events, shelf, [reviews, products])
         return plan.folder.name
 
-
-def find(raw: Path, patterns: Sequence[str], category: str, release: Release) -> Path:
-    """The file of a category, packed or not.
-
-    Raises:
-        UserError: there is none; names them and the source.
-    """
-    names = [pattern.format(category) for pattern in patterns]
-    for name in names:
-        for path in (raw / f"{name}.gz", raw / name):
-            if path.is_file():
-                return path
-    raise UserError(
-        f"--raw_dir: {raw} has no {' or '.join(f'{name}.gz' for name in names)}: download it from "
-        f"{release.source}."
-    )
+    def _file(self, arguments: argparse.Namespace, patterns: Sequence[str], folder: str) -> Path:
+        """The file of a category, packed or not; the first pattern's is what is downloaded."""
+        names = [pattern.format(arguments.category) for pattern in patterns]
+        remote = Remote(f"{folder}/{names[0]}.gz", self.release.source)
+        return raw_file(arguments, [form for n in names for form in (f"{n}.gz", n)], remote)
 
 
 # ---------------------------------------------------------------- reviews

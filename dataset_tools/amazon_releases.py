@@ -31,6 +31,7 @@ class Release:
         source: address of its description.
         reviews: files of reviews, ``{}`` is the category; the first that is there is taken.
         products: files of products.
+        folders: addresses of the folders of both.
         fields: user, item, time and rating of a review.
         units: of its times in a second.
         texts: field of a product for each of `TEXTS`.
@@ -41,6 +42,7 @@ class Release:
     source: str
     reviews: Sequence[str]
     products: Sequence[str]
+    folders: tuple[str, str]
     fields: tuple[str, str, str, str]
     units: int
     texts: Mapping[str, str]
@@ -82,6 +84,8 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+_SNAP = "https://snap.stanford.edu/data/amazon/productGraph"
+_UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data"
 _OLD = ("reviewerID", "asin", "unixReviewTime", "overall")
 _PLAIN = dict(zip(TEXTS, TEXTS, strict=True))
 RELEASES = (
@@ -90,6 +94,7 @@ RELEASES = (
         "https://jmcauley.ucsd.edu/data/amazon/",
         ("reviews_{}_5.json", "reviews_{}.json"),
         ("meta_{}.json",),
+        (f"{_SNAP}/categoryFiles", f"{_SNAP}/categoryFiles"),
         _OLD,
         1,
         _PLAIN,
@@ -100,6 +105,7 @@ RELEASES = (
         "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/",
         ("{}_5.json", "{}.json"),
         ("meta_{}.json",),
+        (f"{_UCSD}/amazon_v2/categoryFilesSmall", f"{_UCSD}/amazon_v2/metaFiles2"),
         _OLD,
         1,
         {**_PLAIN, "categories": "category"},
@@ -110,6 +116,7 @@ RELEASES = (
         "https://amazon-reviews-2023.github.io/",
         ("{}.jsonl",),
         ("meta_{}.jsonl",),
+        (f"{_UCSD}/amazon_2023/raw/review_categories", f"{_UCSD}/amazon_2023/raw/meta_categories"),
         ("user_id", "parent_asin", "timestamp", "rating"),
         1000,
         {**_PLAIN, "brand": "store"},

@@ -1,6 +1,7 @@
 """MicroLens 50k, 100k and 1M: videos with titles and covers.
 
-The files are looked for in --raw_dir under the names of the release. Pairs with times (.csv) are
+The files are looked for in --raw_dir under the names of the release, and downloaded where they are
+not there. Pairs with times (.csv) are
 taken where they are there, else each user's items in order (.tsv), whose position is the time.
 
   python -m dataset_tools microlens --variant 50k --raw_dir raw --min_inter 6,5
@@ -15,14 +16,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from dataset_tools.download import Remote, obtain, unpack
 from dataset_tools.events import Events
 from dataset_tools.lines import text_lines
-from dataset_tools.raw import Plan, add_flags, pictures_by_id
+from dataset_tools.raw import Plan, add_flags, pictures_by_id, raw_file
 from dataset_tools.shelf import Shelf
+from recbole_mm.data.images import MAX_BYTES
 from recbole_mm.errors import UserError
 
 TEXTS = ("title",)
 SOURCE = "https://github.com/westlake-repl/MicroLens"
+_FILES = "https://recsys.westlake.edu.cn/MicroLens-{}-Dataset"
 VARIANTS = ("50k", "100k", "1M")
 _PAIRS = ("MicroLens-{}_pairs.csv", "MicroLens-{}_pairs.tsv")
 _TITLES = ("MicroLens-{}_titles.csv", "MicroLens-{}_title_en.csv", "MicroLens-{}_title.csv")
@@ -41,24 +45,38 @@ def run(arguments: argparse.Namespace) -> str:
     Raises:
         UserError: a mistake in the flags, or files that are missing or cannot be read.
     """
-    variant, raw = arguments.variant, Path(arguments.raw_dir)
+    variant = arguments.variant
     words = ["microlens", f"--variant {variant}"]
     plan = Plan.of(arguments, f"microlens-{variant.lower()}", TEXTS, *words)
-    pairs, titles = (_find(raw, variant, names) for names in (_PAIRS, _TITLES))
+    pairs, titles = (_file(arguments, names) for names in (_PAIRS, _TITLES))
     events = read_pairs(pairs, plan.bad, arguments.limit)
     with plan.shelf(events) as shelf:
         read_titles(titles, events.items, shelf, plan.bad)
-        covers = pictures_by_id(raw / _COVERS.format(variant), events, shelf)
-        plan.write(events, shelf, [pairs, titles], covers if arguments.images else {})
+        covers = pictures_by_id(_covers(arguments), events, shelf) if arguments.images else {}
+        plan.write(events, shelf, [pairs, titles], covers)
     return plan.folder.name
 
 
-def _find(raw: Path, variant: str, patterns: Sequence[str]) -> Path:
-    names = [pattern.format(variant) for pattern in patterns]
-    for name in names:
-        if (raw / name).is_file():
-            return raw / name
-    raise UserError(f"--raw_dir: {raw} has no {' or '.join(names)}: download it from {SOURCE}.")
+def _file(arguments: argparse.Namespace, patterns: Sequence[str]) -> Path:
+    names = [pattern.format(arguments.variant) for pattern in patterns]
+    return raw_file(arguments, names, _remote(arguments, names[0]))
+
+
+def _remote(arguments: argparse.Namespace, name: str) -> Remote:
+    return Remote(f"{_FILES.format(arguments.variant)}/{name}", SOURCE)
+
+
+def _covers(arguments: argparse.Namespace) -> Path:
+    """The folder of covers, which may be missing where nothing is to be downloaded."""
+    folder = Path(arguments.raw_dir) / _COVERS.format(arguments.variant)
+    if folder.is_dir():
+        return folder
+    archive = folder.with_name(f"{folder.name}.zip")
+    if not archive.is_file() and arguments.download:
+        obtain(archive.parent, _remote(arguments, archive.name), arguments.mirror)
+    if archive.is_file():
+        unpack(archive, folder, lambda name: name.endswith(".jpg"), MAX_BYTES)
+    return folder
 
 
 def read_pairs(path: Path, bad: Counter[str], limit: int = 0) -> Events:

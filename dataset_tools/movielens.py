@@ -1,7 +1,8 @@
 """MovieLens 100k, 1M and latest-small, with posters from a folder.
 
-The files are looked for in --raw_dir, or in the folder of the archive's name below it. Interactions
-are all ratings of a user in order of time; equal times keep the order of the file.
+The files are looked for in --raw_dir, in the folder of the archive's name below it, and in the
+archive, which is downloaded where it is not there. Interactions are all ratings of a user in order
+of time; equal times keep the order of the file.
 
   python -m dataset_tools movielens --variant latest-small --raw_dir raw --posters posters
 """
@@ -16,14 +17,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset_tools.download import Remote
 from dataset_tools.events import Events
 from dataset_tools.lines import text_lines
-from dataset_tools.raw import Plan, add_flags, pictures_by_id
+from dataset_tools.raw import Plan, add_flags, pictures_by_id, raw_file
 from dataset_tools.shelf import Shelf
 from recbole_mm.errors import UserError
 
 TEXTS = ("title", "categories")
 SOURCE = "https://grouplens.org/datasets/movielens/"
+_FILES = "https://files.grouplens.org/datasets/movielens"
 _GENRES = (
     *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime"),
     *("Documentary", "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery"),
@@ -114,8 +117,11 @@ def run(arguments: argparse.Namespace) -> str:
     plan = Plan.of(arguments, variant.name, TEXTS, *words)
     if posters and not Path(posters).is_dir():
         raise UserError(f"--posters: there is no folder {posters}.")
+    archive = f"{_FILES}/{variant.archive}.zip"
+    remote = Remote(archive, SOURCE, f"{archive}.md5")
     ratings, movies = (
-        _find(Path(arguments.raw_dir), variant, name) for name in (variant.ratings, variant.movies)
+        raw_file(arguments, [name], remote, variant.archive)
+        for name in (variant.ratings, variant.movies)
     )
     events = read_ratings(ratings, variant, plan.bad, arguments.limit)
     with plan.shelf(events) as shelf:
@@ -123,16 +129,6 @@ def run(arguments: argparse.Namespace) -> str:
         pictures = pictures_by_id(Path(posters), events, shelf) if posters else {}
         plan.write(events, shelf, [ratings, movies], pictures if arguments.images else {})
     return plan.folder.name
-
-
-def _find(raw: Path, variant: Variant, name: str) -> Path:
-    for path in (raw / name, raw / variant.archive / name):
-        if path.is_file():
-            return path
-    raise UserError(
-        f"--raw_dir: {raw} has no {name}: download {variant.archive}.zip from {SOURCE} and unpack "
-        "it there."
-    )
 
 
 def read_ratings(path: Path, variant: Variant, bad: Counter[str], limit: int = 0) -> Events:

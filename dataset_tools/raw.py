@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from dataset_tools.download import Remote, obtain, unpack
 from dataset_tools.events import Events
 from dataset_tools.filters import Filters, add_filters, check_counts, filter_words
 from dataset_tools.order import Order, add_order
@@ -28,6 +29,7 @@ _TAKEN = "ml-100k"
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _LONGEST_ID = 50
 _LEAST = "5"
+_LARGEST = 1 << 32  # bytes of a file in an archive
 
 
 def check_name(name: str) -> None:
@@ -51,7 +53,14 @@ def add_flags(parser: argparse.ArgumentParser, name: str, rows: str, texts: Sequ
         texts: attributes of its items.
     """
     add = parser.add_argument
-    add("--raw_dir", required=True, metavar="DIR", help="where the source's files are")
+    add("--raw_dir", default="raw", metavar="DIR", help="where the source's files are (raw)")
+    add(
+        "--download",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="download files that are not there",
+    )
+    add("--mirror", metavar="ADDRESS", help="download them from this folder, not from the source")
     add("--name", help=f"of the dataset ({name})")
     add(
         "--images",
@@ -62,6 +71,42 @@ def add_flags(parser: argparse.ArgumentParser, name: str, rows: str, texts: Sequ
     add("--limit", type=int, default=0, metavar="N", help=f"read so many {rows} only (0: all)")
     add_filters(parser, _LEAST, ", ".join([*texts, "image"]))
     add_order(parser)
+
+
+def raw_file(
+    arguments: argparse.Namespace, names: Sequence[str], remote: Remote, below: str = "."
+) -> Path:
+    """A file of the source: the first of these that is there, or in its archive, or downloaded.
+
+    Args:
+        arguments: as they were parsed.
+        names: it may have in ``--raw_dir``.
+        remote: what is downloaded: the first of them, or an archive that has it.
+        below: a folder of ``--raw_dir`` in which it may be as well.
+
+    Raises:
+        UserError: it is not there, and cannot or shall not be downloaded.
+    """
+    raw = Path(arguments.raw_dir)
+    places = [folder / name for name in names for folder in (raw, raw / below)]
+    for path in places:
+        if path.is_file():
+            return path
+    archive = raw / remote.name
+    if not archive.is_file() and not arguments.download:
+        raise UserError(
+            f"--raw_dir: {raw} has no {' or '.join(names)}: download {remote.name} from "
+            f"{remote.page}, or leave --no-download out."
+        )
+    if not archive.is_file():
+        obtain(raw, remote, arguments.mirror)
+    if archive in places:
+        return archive
+    unpack(archive, raw / below, lambda name: name in names, _LARGEST)
+    found = [path for path in places if path.is_file()]
+    if not found:
+        raise UserError(f"{archive} has no {' or '.join(names)}: is it the one of {remote.page}?")
+    return found[0]
 
 
 @dataclass(frozen=True)

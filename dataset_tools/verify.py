@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recbole_mm.data.atomic import ITEM, read_images, read_table
+from recbole_mm.data.atomic import ITEM, read_columns, read_images
 from recbole_mm.errors import UserError, nearest
 
 _DIFFERS = "DIFFERS"
@@ -126,16 +126,10 @@ def count(folder: Path) -> dict[str, int]:
     Raises:
         UserError: a file is missing or broken.
     """
-    header, rows = read_table(folder / f"{folder.name}.inter")
-    names = [name for name, _ in header]
-    for column in ("user_id", ITEM):
-        if column not in names:
-            raise UserError(f"{folder / folder.name}.inter has no column '{column}:token'.")
-    user, item = names.index("user_id"), names.index(ITEM)
     users, items, interactions = set[str](), set[str](), 0
-    for _, cells in rows:
-        users.add(cells[user])
-        items.add(cells[item])
+    for user, item in read_columns(folder / f"{folder.name}.inter", ("user_id", ITEM)):
+        users.add(user)
+        items.add(item)
         interactions += 1
     images = folder / f"{folder.name}.image"
     pictured = {item for item, _ in read_images(images)} & items if images.is_file() else set()

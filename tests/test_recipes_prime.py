@@ -127,6 +127,7 @@ def test_the_controls_run_by_one_command(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)  # an hour of one core
 def test_the_ranker_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On mm-demo over three seeds: above the retriever, and above itself without pictures, by more
     than twice the standard error of the difference."""

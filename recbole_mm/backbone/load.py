@@ -10,8 +10,6 @@ import hashlib
 import importlib.util
 import json
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,13 +20,13 @@ from torch import Tensor, nn
 
 from recbole_mm.backbone.batch import PromptBatch, collate
 from recbole_mm.backbone.families import FAMILIES, POOLINGS, Family, PictureSettings
+from recbole_mm.backbone.hub import is_online, require
 from recbole_mm.backbone.prompt import Fork, TextEncoder
 from recbole_mm.backbone.tiny import TinySizes, build, fingerprint, train_tokenizer
 from recbole_mm.backbone.vision import FeatureLog, ItemImages
 from recbole_mm.errors import UserError, nearest
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PATIENCE_S = 5.0
 # Keys of a description that a run may set by themselves; a backbone's YAML has them in `settings:`.
 RUN_KEYS = (
     "quantize",
@@ -261,7 +259,7 @@ def load_backbone(
     Raises:
         UserError: a package is missing, or the weights can be neither found nor fetched.
     """
-    _require("transformers", "tokenizers")
+    require("transformers", "tokenizers")
     if spec.is_tiny:
         sizes = TinySizes(**(spec.tiny or {}))
         family = FAMILIES[spec.family]
@@ -275,14 +273,6 @@ def load_backbone(
         torch.manual_seed(seed)
         _adapt(model, spec)
     return Backbone(spec, model, tokenizer)
-
-
-def _require(*packages: str) -> None:
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"This model needs the package '{package}': pip install 'recbole-mm[llm]'."
-            )
 
 
 def _attention(spec: BackboneSpec) -> str:
@@ -305,7 +295,7 @@ def _pretrained(spec: BackboneSpec) -> tuple[Any, Any]:
 
     where: dict[str, Any] = {
         "revision": spec.revision or "main",
-        "local_files_only": not _is_online(spec.model),
+        "local_files_only": not is_online(spec.model),
     }
     settings: dict[str, Any] = {
         "dtype": _DTYPES[spec.dtype],
@@ -339,26 +329,8 @@ def _pretrained(spec: BackboneSpec) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _is_online(model: str) -> bool:
-    """Whether the hub answers; asked once, because its client waits long for one that does not."""
-    if Path(model).is_dir():
-        return False
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    hub = urllib.request.Request(constants.ENDPOINT, method="HEAD")  # noqa: S310 (the user's hub)
-    try:
-        with urllib.request.urlopen(hub, timeout=_PATIENCE_S):  # noqa: S310
-            return True
-    except urllib.error.HTTPError:
-        return True  # it answers, if with a complaint
-    except OSError:
-        return False
-
-
 def _nf4(spec: BackboneSpec) -> Any:
-    _require("bitsandbytes", "accelerate")
+    require("bitsandbytes", "accelerate")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -378,7 +350,7 @@ def _adapt(model: Any, spec: BackboneSpec) -> None:
                 "lora_r is 0: quantised weights cannot be trained, set lora_r or quantize: none."
             )
         return
-    _require("peft")
+    require("peft")
     from peft import LoraConfig, inject_adapter_in_model
 
     model.requires_grad_(False)

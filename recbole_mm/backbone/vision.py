@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from recbole_mm.backbone.families import Family, Grid, Pixels
 from recbole_mm.backbone.prompt import Prompt
-from recbole_mm.data.images import DIGEST, BadImageError, digest, read_bytes
+from recbole_mm.data.images import DIGEST, digest_of
 
 _ENCODE_AT_ONCE = 64  # pictures in one pass of the tower, so that memory does not grow with items
 _READERS = 4  # threads that decode pictures while there are many to encode
@@ -212,7 +212,7 @@ class ItemImages:
             return None
         if item not in self._keys:
             path = self._source(item)
-            self._keys[item] = None if path is None else _digest_of(path)
+            self._keys[item] = None if path is None else digest_of(path)
         return self._keys[item]
 
     @torch.no_grad()
@@ -228,10 +228,3 @@ class ItemImages:
             else:
                 self.log.append(key, self._ready(item).grid, rows)
                 self._pixels.pop(item)
-
-
-def _digest_of(path: Path) -> str | None:
-    try:
-        return digest(read_bytes(path))
-    except BadImageError:
-        return None

@@ -160,6 +160,21 @@ def read_table(
     return header, _rows(path, lines, len(header))
 
 
+def read_columns(path: Path, columns: Sequence[str]) -> Iterator[list[str]]:
+    """The cells of some columns of an atomic file, in the order asked for, a row at a time.
+
+    Raises:
+        UserError: what `read_table` raises, or there is no such column.
+    """
+    header, rows = read_table(path)
+    names = [name for name, _ in header]
+    for column in columns:
+        if column not in names:
+            raise UserError(f"{path} has no column '{column}:token'.")
+    at = [names.index(column) for column in columns]
+    return ([cells[i] for i in at] for _, cells in rows)
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with path.open("rb") as file:

@@ -7,13 +7,15 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from recbole_mm.data.atomic import IMAGE, PAD
+from recbole_mm.data.content import ItemContent
 from recbole_mm.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -29,9 +31,11 @@ class FeatureInfo:
         encoder: id of the encoder, e.g. a Hugging Face model id.
         revision: its revision, or None.
         pooling: how token states became one row, e.g. ``mean``, or None.
-        inputs: hash of what was encoded, as `ItemContent.hash` gives, or None when unknown.
+        inputs: hash of what was encoded, as `hash_inputs` gives, or None when unknown.
         dtype: of the matrix, e.g. ``float16``.
         shape: (N, M).
+        fields: what of an item was encoded: text columns, or ``image``; None when unknown.
+        without: items that were looked at and have no row, because they have no such content.
     """
 
     items: list[str]
@@ -41,6 +45,27 @@ class FeatureInfo:
     inputs: str | None
     dtype: str
     shape: list[int]
+    fields: list[str] | None = None
+    without: list[str] = field(default_factory=list)
+
+
+def hash_inputs(
+    folder: Path, dataset: str, items: Sequence[str], without: Sequence[str], fields: Sequence[str]
+) -> str:
+    """The hash that features are stored with, and by which they are known to be stale.
+
+    It is over the items in the order of their rows and then over those without a row, so that
+    whoever has the JSON can compute it again, whatever order or choice of items a run has.
+
+    Args:
+        folder: the dataset's folder.
+        dataset: the dataset's name.
+        items: with a row, in row order.
+        without: a row.
+        fields: text columns, or ``image``.
+    """
+    content = ItemContent(folder, dataset, [PAD, *items, *without])
+    return content.hash([name for name in fields if name != IMAGE], images=IMAGE in fields)
 
 
 def feature_paths(folder: Path, dataset: str, name: str) -> tuple[Path, Path]:
@@ -65,6 +90,8 @@ def save_features(
     revision: str | None = None,
     pooling: str | None = None,
     inputs: str | None = None,
+    fields: Sequence[str] | None = None,
+    without: Sequence[str] = (),
 ) -> None:
     """Writes a feature matrix, one row an item; see `FeatureInfo` for the arguments.
 
@@ -75,7 +102,10 @@ def save_features(
     """
     paths = feature_paths(Path(folder), dataset, name)
     shape = [int(size) for size in matrix.shape]
-    info = FeatureInfo(list(items), encoder, revision, pooling, inputs, str(matrix.dtype), shape)
+    dtype, known = str(matrix.dtype), None if fields is None else list(fields)
+    info = FeatureInfo(
+        list(items), encoder, revision, pooling, inputs, dtype, shape, known, list(without)
+    )
     _check(paths[0], matrix, info)
     fresh = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
     try:
@@ -129,12 +159,22 @@ class FeatureStore:
         path, json_path = feature_paths(Path(folder), dataset, name)
         info, matrix = _read_info(json_path), _read_matrix(path)
         _check(path, matrix, info)
-        if inputs is not None and info.inputs is not None and info.inputs != inputs:
-            raise UserError(
-                f"{path} is stale: it was made from other item content than the dataset has now; "
-                "encode it again or delete it."
-            )
+        _refuse_stale(path, info, inputs)
         return cls(path, matrix, info)
+
+    @classmethod
+    def open_fresh(cls, folder: Path, dataset: str, name: str) -> FeatureStore:
+        """Opens features and compares the content they were made from, where that is known.
+
+        Raises:
+            UserError: what `open` raises.
+        """
+        store = cls.open(folder, dataset, name)
+        info = store.info
+        if info.inputs is not None and info.fields is not None:
+            now = hash_inputs(Path(folder), dataset, info.items, info.without, info.fields)
+            _refuse_stale(store.path, info, now)
+        return store
 
     def rows(self, item_tokens: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """The features in the order of internal ids.
@@ -156,6 +196,14 @@ class FeatureStore:
         return out, mask
 
 
+def _refuse_stale(path: Path, info: FeatureInfo, inputs: str | None) -> None:
+    if inputs is not None and info.inputs is not None and info.inputs != inputs:
+        raise UserError(
+            f"{path} is stale: it was made from other item content than the dataset has now; "
+            "encode it again or delete it."
+        )
+
+
 def _read_info(path: Path) -> FeatureInfo:
     try:
         info = FeatureInfo(**json.loads(path.read_text(encoding="utf-8")))
@@ -164,7 +212,7 @@ def _read_info(path: Path) -> FeatureInfo:
     except (ValueError, TypeError) as error:
         keys = ", ".join(FeatureInfo.__dataclass_fields__)
         raise UserError(f"{path}: {error}; it must be a JSON object of {keys}.") from None
-    for key in ("items", "shape"):
+    for key in ("items", "shape", "without"):
         if not isinstance(getattr(info, key), list):
             raise UserError(f"{path}: '{key}' must be a list; write both files again.")
     return info

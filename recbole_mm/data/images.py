@@ -53,6 +53,14 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def digest_of(path: Path) -> str | None:
+    """The `digest` of a file's bytes; None where they cannot be read."""
+    try:
+        return digest(read_bytes(path))
+    except BadImageError:
+        return None
+
+
 def open_header(data: bytes) -> Image.Image:
     """Opens a picture without decoding a pixel; format and size are within the limits.
 

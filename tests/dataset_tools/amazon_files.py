@@ -43,8 +43,8 @@ PRODUCTS_2014 = [  # Python's literals, as the file is
 def make(
     raw: Path, out: Path, command: str = "amazon2014", category: str = "Beauty", *flags: str
 ) -> int:
-    words = [command, f"--category={category}", f"--raw_dir={raw}", f"--out={out}", *flags]
-    return main(words)
+    words = [command, f"--category={category}", f"--raw_dir={raw}", f"--out={out}"]
+    return main([*words, "--no-download", *flags])
 
 
 def interactions(folder: Path) -> list[list[str]]:

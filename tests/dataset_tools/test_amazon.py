@@ -249,7 +249,7 @@ def test_a_line_without_end_costs_no_memory(
 @pytest.mark.parametrize(
     ("category", "flags", "says"),
     [
-        ("Beaty", (), "has no reviews_Beaty_5.json.gz or reviews_Beaty.json.gz: download it from"),
+        ("Beaty", (), "download reviews_Beaty_5.json.gz from https://jmcauley"),
         ("../Beauty", (), "write it as the source does"),
         ("Beauty", ("--require=titel",), "'titel' is none of title, price"),
         ("Beauty", ("--min_inter=99",), "leaves no interaction"),

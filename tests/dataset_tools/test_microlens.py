@@ -26,7 +26,7 @@ def raw(tmp_path: Path) -> Path:
 
 def make(raw: Path, out: Path, *flags: str) -> int:
     words = ["microlens", "--variant=50k", f"--raw_dir={raw}", f"--out={out}", "--min_inter=1"]
-    return main([*words, *flags])
+    return main([*words, "--no-download", *flags])
 
 
 def interactions(folder: Path) -> list[list[str]]:

@@ -43,7 +43,7 @@ FILES = {"100k": files_100k, "1m": files_1m, "latest-small": files_latest}
 
 def make(raw: Path, out: Path, variant: str, *flags: str) -> int:
     words = ["movielens", f"--variant={variant}", f"--raw_dir={raw}", f"--out={out}"]
-    return main([*words, "--min_inter=1", *flags])
+    return main([*words, "--min_inter=1", "--no-download", *flags])
 
 
 def interactions(folder: Path) -> list[list[str]]:

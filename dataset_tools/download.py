@@ -1,0 +1,284 @@
+"""Files of a public source: taken from where the user has them, else downloaded there, with resume.
+
+What is under way lies in NAME.part, and what it is a part of in NAME.part.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+from recbole_mm.errors import UserError
+
+if TYPE_CHECKING:
+    from dataset_tools.net import Fetcher
+
+HOSTS = (
+    *("snap.stanford.edu", "jmcauley.ucsd.edu", "mcauleylab.ucsd.edu", "datarepo.eng.ucsd.edu"),
+    *("files.grouplens.org", "recsys.westlake.edu.cn"),
+)
+_MD5 = re.compile(r"\b[0-9a-fA-F]{32}\b")
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file at its source.
+
+    Attributes:
+        url: its address.
+        page: where the source describes it and states its terms.
+        md5_url: address of its checksum, where the source publishes one.
+    """
+
+    url: str
+    page: str
+    md5_url: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the file."""
+        return PurePosixPath(urlsplit(self.url).path).name
+
+    def at(self, mirror: str) -> Remote:
+        """The same file, and its checksum, in another place."""
+        place = f"{mirror.rstrip('/')}/{self.name}"
+        return Remote(place, self.page, f"{place}.md5" if self.md5_url else None)
+
+
+def obtain(raw: Path, remote: Remote, mirror: str | None = None) -> Path:
+    """Downloads a file into the folder of raw files, or goes on with what is there of it.
+
+    Args:
+        raw: the folder, made where there is none.
+        remote: the file.
+        mirror: address of a folder that has it under the same name; None: the source.
+
+    Returns:
+        Where it is now.
+
+    Raises:
+        UserError: it could not be had; what is there of it stays.
+    """
+    try:
+        from dataset_tools.net import Fetcher, FetchError, Guard
+    except ImportError as error:
+        raise UserError(
+            f"{raw / remote.name} is not there, and downloading needs httpx2 ({error}): "
+            f"`pip install 'recbole-mm[fetch]'`, or get it from {remote.page}."
+        ) from None
+    place = remote.at(mirror) if mirror else remote
+    hosts = {*HOSTS, urlsplit(place.url).hostname or ""}
+    fetcher = Fetcher(Guard(frozenset(hosts), allow_local=bool(mirror)), timeout_s=60)
+    target = raw / remote.name
+    raw.mkdir(parents=True, exist_ok=True)
+    print(f"Downloading {place.url} (its terms: {remote.page})")
+    try:
+        download(place, target, fetcher)
+    except FetchError as error:
+        raise UserError(
+            f"{target} is not there, and {place.url} cannot be downloaded: {error}. Try again, "
+            f"which goes on where it stopped, or put the file there yourself; see {remote.page}."
+        ) from None
+    finally:
+        fetcher.close()
+    return target
+
+
+def download(remote: Remote, target: Path, fetcher: Fetcher) -> None:
+    """Downloads a file; it takes its name once it is whole.
+
+    Raises:
+        FetchError: it could not be had, or its checksum is another than the source publishes.
+        UserError: the disk has no room for it.
+    """
+    from dataset_tools.net import LaterError
+
+    part = Part(target, remote.url)
+    while not part.is_whole:
+        before = part.bytes
+        try:
+            fetcher.tried(lambda: _go_on(remote.url, part, fetcher))
+        except LaterError:
+            if part.bytes <= before:  # as long as something comes it is worth trying
+                raise
+    _check_md5(remote, part, fetcher)
+    part.finish()
+
+
+def _go_on(url: str, part: Part, fetcher: Fetcher) -> None:
+    with fetcher.opened(url, part.headers()) as response:
+        if response.status_code == 200:
+            part.begin(response.headers)
+        with (
+            part.path.open("ab") as file,
+            tqdm(
+                desc=part.target.name,
+                total=part.size,
+                initial=part.bytes,
+                unit="B",
+                unit_scale=True,
+                ncols=100,
+            ) as bar,
+        ):
+            for data in fetcher.parts(response):
+                file.write(data)
+                bar.update(len(data))
+    part.is_whole = part.size is None or part.bytes >= part.size
+
+
+class Part:
+    """A file under way.
+
+    Args:
+        target: what it becomes.
+        url: where it comes from.
+
+    Attributes:
+        path: where its bytes are.
+        size: of the whole, None where the source does not say.
+        is_whole: whether all bytes are there.
+    """
+
+    def __init__(self, target: Path, url: str) -> None:
+        self.target, self.url = target, url
+        self.path = target.with_name(f"{target.name}.part")
+        self._about = target.with_name(f"{target.name}.part.json")
+        about = self._read()
+        self._tag: str = about.get("tag") or ""
+        self.size: int | None = about.get("size")
+        self.is_whole = bool(self._tag) and self.bytes == self.size
+        if not self._tag or (self.size is not None and self.bytes > self.size):
+            self._tag = ""
+
+    def _read(self) -> dict[str, Any]:
+        """What was said of it; nothing where it is another file's, or broken."""
+        try:
+            about = json.loads(self._about.read_text(encoding="utf-8"))
+            return asdict(_About(**about)) if about.get("url") == self.url else {}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+    @property
+    def bytes(self) -> int:
+        """That are there."""
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    def headers(self) -> dict[str, str]:
+        """Those that ask for the rest, if the file is still the same."""
+        if not self._tag or not self.bytes:
+            return {}
+        return {"Range": f"bytes={self.bytes}-", "If-Range": self._tag}
+
+    def begin(self, headers: Any) -> None:
+        """Starts anew with what the source now says of the file.
+
+        Raises:
+            UserError: the disk has no room for it.
+        """
+        etag = headers.get("ETag", "")
+        self._tag = headers.get("Last-Modified", "") if etag.startswith("W/") else etag
+        self._tag = self._tag or headers.get("Last-Modified", "")
+        length = headers.get("Content-Length", "")
+        self.size = int(length) if length.isdecimal() else None
+        free = shutil.disk_usage(self.path.parent).free
+        if self.size is not None and self.size > free:
+            raise UserError(
+                f"{self.target} takes {self.size:,} bytes and {free:,} are free; make room or give "
+                "another --raw_dir."
+            )
+        self.path.write_bytes(b"")
+        about = _About(self.url, self._tag, self.size)
+        self._about.write_text(json.dumps(asdict(about)), encoding="utf-8")
+
+    def discard(self) -> None:
+        """Forgets everything."""
+        self.path.unlink(missing_ok=True)
+        self._about.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Gives the whole file its name."""
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(self.path, self.target)
+        self._about.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _About:
+    """What `NAME.part.json` says: address, what tells this content from another, bytes in all."""
+
+    url: str
+    tag: str
+    size: int | None
+
+
+def _check_md5(remote: Remote, part: Part, fetcher: Fetcher) -> None:
+    from dataset_tools.net import FetchError
+
+    if not remote.md5_url:
+        return
+    published = _MD5.search(fetcher.read(remote.md5_url, 10_000).decode("utf-8", "replace"))
+    if published is None:
+        raise FetchError(f"there is no checksum in {remote.md5_url}")
+    digest = hashlib.md5(usedforsecurity=False)
+    with part.path.open("rb") as file:
+        while data := file.read(_CHUNK):
+            digest.update(data)
+    if digest.hexdigest() != published.group().lower():
+        part.discard()
+        raise FetchError("its checksum is not the one that the source publishes, so it was deleted")
+
+
+def unpack(archive: Path, folder: Path, wanted: Callable[[str], bool], most: int) -> None:
+    """Unpacks files of a zip archive into one folder, whatever folders they have in it.
+
+    Args:
+        archive: the file.
+        folder: where they go.
+        wanted: by a file's name without folders.
+        most: bytes of one file at most; a larger one is left out.
+
+    Raises:
+        UserError: the archive is broken.
+    """
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            members = {PurePosixPath(info.filename).name: info for info in packed.infolist()}
+            members = {name: info for name, info in members.items() if _is_plain(name)}
+            for name, info in tqdm(members.items(), desc=archive.name, unit="file", ncols=100):
+                if wanted(name) and not info.is_dir():
+                    _unpack_one(packed, info, folder / name, most)
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError) as error:
+        raise UserError(f"{archive} cannot be unpacked ({error}); download it again.") from None
+
+
+def _is_plain(name: str) -> bool:
+    return bool(name) and not name.startswith(".") and not set(name) & set("\\/:\0")
+
+
+def _unpack_one(packed: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, most: int) -> None:
+    """The size is what comes, not what the archive says of it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    left = most
+    try:
+        with packed.open(info) as source, fresh.open("wb") as file:
+            while left >= 0 and (data := source.read(min(_CHUNK, left + 1))):
+                left -= len(data)
+                file.write(data)
+        if left >= 0:
+            os.replace(fresh, target)
+    finally:
+        fresh.unlink(missing_ok=True)

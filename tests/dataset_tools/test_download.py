@@ -1,0 +1,245 @@
+"""Downloads from a real server on this machine: whole, resumed, changed meanwhile or refused."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dataset_tools.download import Remote, obtain, unpack
+from recbole_mm.errors import UserError
+from tests.dataset_tools.shop_server import Handler, Shop, open_shop, says
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = bytes(range(256)) * 4000
+REMOTE = Remote("https://files.grouplens.org/data/some.zip", "https://grouplens.org/")
+
+
+@pytest.fixture
+def shop() -> Iterator[Shop]:
+    with open_shop() as shop:
+        yield shop
+
+
+class File:
+    """A file as servers with resume give it; hangs up after so many bytes of each answer."""
+
+    def __init__(self, data: bytes, tag: str = '"one"', at_once: int | None = None) -> None:
+        self.data, self.tag, self.at_once = data, tag, at_once
+        self.sent = 0
+        self.pause_s = 0.0
+
+    def __call__(self, handler: Handler) -> None:
+        ranged, condition = handler.headers.get("Range"), handler.headers.get("If-Range")
+        start = 0
+        if ranged and condition == self.tag:
+            start = int(ranged.removeprefix("bytes=").removesuffix("-"))
+            handler.send_response(206)
+            end = len(self.data) - 1
+            handler.send_header("Content-Range", f"bytes {start}-{end}/{len(self.data)}")
+        else:
+            handler.send_response(200)
+        handler.send_header("ETag", self.tag)
+        handler.send_header("Content-Length", str(len(self.data) - start))
+        handler.end_headers()
+        stop = len(self.data) if self.at_once is None else start + self.at_once
+        for at in range(start, min(stop, len(self.data)), 8192):
+            part = self.data[at : min(at + 8192, stop)]
+            handler.wfile.write(part)
+            self.sent += len(part)
+            time.sleep(self.pause_s)
+        if stop < len(self.data):
+            handler.close_connection = True
+            handler.connection.shutdown(2)
+
+
+def test_a_file_comes_whole_under_its_name(shop: Shop, tmp_path: Path) -> None:
+    shop.answers["/some.zip"] = File(DATA)
+    path = obtain(tmp_path / "raw", REMOTE, shop.url(""))
+    assert path == tmp_path / "raw" / "some.zip"
+    assert path.read_bytes() == DATA
+    assert sorted(file.name for file in path.parent.iterdir()) == ["some.zip"]
+
+
+def test_a_line_that_breaks_again_and_again_is_gone_on_with(shop: Shop, tmp_path: Path) -> None:
+    file = shop.answers["/some.zip"] = File(DATA, at_once=300_000)
+    assert obtain(tmp_path, REMOTE, shop.url("/")).read_bytes() == DATA
+    assert isinstance(file, File)
+    assert file.sent == len(DATA)  # no byte twice
+    assert shop.asked["/some.zip"] == 4
+
+
+def test_a_file_that_changed_meanwhile_is_begun_anew(shop: Shop, tmp_path: Path) -> None:
+    shop.answers["/some.zip"] = File(b"old" * 9999, '"old"')
+    (tmp_path / "some.zip.part").write_bytes(b"old" * 10)
+    about = {"url": shop.url("/some.zip"), "tag": '"old"', "size": 29997}
+    (tmp_path / "some.zip.part.json").write_text(json.dumps(about))
+    shop.answers["/some.zip"] = File(DATA, '"new"')
+    assert obtain(tmp_path, REMOTE, shop.url("")).read_bytes() == DATA
+
+
+@pytest.mark.parametrize(
+    "about",
+    ["", "[]", "{", '{"url": "https://other/some.zip", "tag": "\\"one\\"", "size": 1024000}'],
+)
+def test_what_belongs_to_another_file_is_not_gone_on_with(
+    shop: Shop, tmp_path: Path, about: str
+) -> None:
+    shop.answers["/some.zip"] = File(DATA)
+    (tmp_path / "some.zip.part").write_bytes(b"x" * 1000)
+    (tmp_path / "some.zip.part.json").write_text(about)
+    assert obtain(tmp_path, REMOTE, shop.url("")).read_bytes() == DATA
+
+
+def test_without_a_tag_nothing_is_glued_together(shop: Shop, tmp_path: Path) -> None:
+    shop.answers["/some.zip"] = File(DATA, tag="")
+    (tmp_path / "some.zip.part").write_bytes(DATA[:5000])
+    about = {"url": shop.url("/some.zip"), "tag": "", "size": len(DATA)}
+    (tmp_path / "some.zip.part.json").write_text(json.dumps(about))
+    assert obtain(tmp_path, REMOTE, shop.url("")).read_bytes() == DATA
+    assert "Range" not in shop.headers_seen[0]
+
+
+def test_a_weak_tag_gives_way_to_the_date(shop: Shop, tmp_path: Path) -> None:
+    def answer(handler: Handler) -> None:
+        shop.asked["ranged"] += "Range" in handler.headers
+        date = "Wed, 01 Jan 2014 00:00:00 GMT"
+        if handler.headers.get("If-Range") == date:
+            start = int(handler.headers["Range"][6:-1])
+            handler.say(206, DATA[start:], Last_Modified=date)
+            return
+        handler.send_response(200)
+        handler.send_header("ETag", 'W/"x"')
+        handler.send_header("Last-Modified", date)
+        handler.send_header("Content-Length", str(len(DATA)))
+        handler.end_headers()
+        handler.wfile.write(DATA[:70_000])
+        handler.close_connection = True
+        handler.connection.shutdown(2)
+
+    shop.answers["/some.zip"] = answer
+    assert obtain(tmp_path, REMOTE, shop.url("")).read_bytes() == DATA
+    assert shop.asked["ranged"] == 1
+
+
+def test_killed_it_goes_on_where_it_was(shop: Shop, tmp_path: Path) -> None:
+    file = File(DATA)
+    file.pause_s = 0.02
+    shop.answers["/some.zip"] = file
+    code = (
+        "import sys; from pathlib import Path; from dataset_tools.download import Remote, obtain; "
+        f"obtain(Path(sys.argv[1]), Remote({REMOTE.url!r}, {REMOTE.page!r}), sys.argv[2])"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path), shop.url("")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    part = tmp_path / "some.zip.part"
+    while not part.is_file() or part.stat().st_size < 200_000:
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    there = part.stat().st_size
+    file.pause_s = 0
+    time.sleep(0.2)  # the server notices
+    sent = file.sent
+    assert obtain(tmp_path, REMOTE, shop.url("")).read_bytes() == DATA
+    assert file.sent - sent <= len(DATA) - there + 8192
+
+
+def test_the_published_checksum_is_compared(
+    shop: Shop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remote = Remote(REMOTE.url, REMOTE.page, f"{REMOTE.url}.md5")
+    shop.answers["/some.zip"] = File(DATA)
+    digest = hashlib.md5(DATA).hexdigest()
+    shop.answers["/some.zip.md5"] = f"MD5 (some.zip) = {digest.upper()}\n".encode()
+    assert obtain(tmp_path / "good", remote, shop.url("")).read_bytes() == DATA
+    shop.answers["/some.zip.md5"] = f"{'0' * 32}  some.zip".encode()
+    with pytest.raises(UserError, match="checksum is not the one"):
+        obtain(tmp_path / "bad", remote, shop.url(""))
+    assert list((tmp_path / "bad").iterdir()) == []
+    shop.answers["/some.zip.md5"] = b"<html>"
+    with pytest.raises(UserError, match="no checksum in"):
+        obtain(tmp_path / "none", remote, shop.url(""))
+
+
+def test_what_cannot_be_had_is_one_sentence(shop: Shop, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"some\.zip is not there, .* status 404.*grouplens"):
+        obtain(tmp_path, REMOTE, shop.url(""))
+    shop.answers["/some.zip"] = says(302, Location="https://evil.com/some.zip")
+    with pytest.raises(UserError, match="no known host"):
+        obtain(tmp_path, REMOTE, shop.url(""))
+
+
+def test_a_full_disk_is_told_before(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.answers["/some.zip"] = File(DATA)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="takes 1,024,000 bytes and 1,000 are free"):
+        obtain(tmp_path, REMOTE, shop.url(""))
+
+
+# ---------------------------------------------------------------- archives
+
+
+def packed(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+def test_files_are_unpacked_flat_and_nowhere_else(tmp_path: Path) -> None:
+    members = {
+        "ml-1m/": b"",
+        "ml-1m/ratings.dat": b"1::2",
+        "../../out.dat": b"out",
+        "/etc/abs.dat": b"abs",
+        "ml-1m/.hidden.dat": b"",
+        "C:\\evil.dat": b"",
+        "ml-1m/notes.txt": b"",
+    }
+    archive = packed(tmp_path / "a.zip", members)
+    folder = tmp_path / "deep" / "raw"
+    unpack(archive, folder, lambda name: name.endswith(".dat"), 100)
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.dat")}
+    names = ("ratings.dat", "out.dat", "abs.dat")
+    assert found >= {f"deep/raw/{name}" for name in names}
+    assert all(path.startswith("deep/raw/") for path in found)
+    assert (folder / "ratings.dat").read_bytes() == b"1::2"
+
+
+def test_a_bomb_in_an_archive_is_left_out(tmp_path: Path) -> None:
+    archive = packed(tmp_path / "a.zip", {"bomb": b"\0" * 10_000_000, "fine": b"1"})
+    unpack(archive, tmp_path / "raw", lambda name: True, 1_000_000)
+    assert [path.name for path in (tmp_path / "raw").iterdir()] == ["fine"]
+
+
+def test_a_broken_archive_is_one_sentence(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("a", b"content that is changed")
+    (tmp_path / "cut.zip").write_bytes(out.getvalue()[:-20])
+    changed = out.getvalue().replace(b"content", b"kontent", 1)
+    (tmp_path / "changed.zip").write_bytes(changed)
+    for name in ("cut.zip", "changed.zip"):
+        with pytest.raises(UserError, match=f"{name} cannot be unpacked"):
+            unpack(tmp_path / name, tmp_path / "raw", lambda name: True, 100)

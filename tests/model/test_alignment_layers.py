@@ -1,0 +1,112 @@
+"""RA-Rec's leaves against its equations, written out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from recbole_mm.model.layers.alignment import INIT_STD, Alignment, InputAlignment, bpr, info_nce
+
+N, B, D, H = 3, 4, 5, 6
+
+
+def trainable(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_the_papers_sizes_have_the_papers_parameters() -> None:
+    """BERT-base, 64-wide ID vectors, one instruction, two towers."""
+    assert 2 * trainable(Alignment(12, 64, 768)) == 1_216_512
+    # what its table 6 counts is the instructions alone
+    assert 2 * Alignment(12, 64, 768).instructions.numel() == 18_432
+
+
+def test_prefixes_are_instructions_then_the_projected_vector_of_each_layer() -> None:
+    module = Alignment(N, D, H, n_instructions=2).double()
+    vectors = torch.randn(B, D, dtype=torch.float64)
+    found = module(vectors)
+    assert found.shape == (N, B, 3, H)
+    for layer in range(N):
+        for row in range(B):
+            p = module.weight[layer] @ vectors[row] + module.bias[layer]
+            torch.testing.assert_close(found[layer, row, 2], p)
+            torch.testing.assert_close(found[layer, row, :2], module.instructions[layer])
+
+
+def test_variants_leave_their_part_out() -> None:
+    vectors = torch.randn(B, D)
+    without_id = Alignment(N, D, H, n_instructions=2, use_id=False)
+    assert trainable(without_id) == N * 2 * H
+    assert torch.equal(without_id(vectors), without_id(torch.randn(B, D)))
+    shared = Alignment(N, D, H, shared=True)
+    assert trainable(shared) == H * D + H + N * H
+    assert torch.equal(shared.project(vectors)[0], shared.project(vectors)[2])
+    alone = Alignment(N, D, H, n_instructions=0)
+    assert alone(vectors).shape == (N, B, 1, H)
+    with pytest.raises(ValueError, match="needs an ID vector or instructions"):
+        Alignment(N, D, H, n_instructions=0, use_id=False)
+
+
+def test_weights_begin_within_the_papers_range_and_all_are_drawn() -> None:
+    for module in (Alignment(N, D, H), InputAlignment(D, H)):
+        for parameter in module.parameters():
+            assert parameter.abs().max() <= INIT_STD
+            assert parameter.std() > INIT_STD / 4
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    words = torch.randn(9, H)
+    modules = (Alignment(N, D, H), Alignment(N, D, H, shared=True), InputAlignment(D, H, 1, words))
+    for module in modules:
+        module(torch.randn(B, D)).square().sum().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+def test_inputs_stand_before_the_words_as_themselves_or_as_words() -> None:
+    vectors, words = torch.randn(B, D), torch.randn(9, H)
+    plain = InputAlignment(D, H)
+    assert plain(vectors).shape == (B, 2, H)
+    torch.testing.assert_close(plain(vectors)[:, 1], plain.projector(vectors))
+    worded = InputAlignment(D, H, 1, words)
+    query = worded.projector(vectors)
+    for row in range(B):
+        weights = torch.softmax(torch.stack([query[row] @ w / H**0.5 for w in words]), dim=0)
+        expected = sum(weight * word for weight, word in zip(weights, words, strict=True))
+        torch.testing.assert_close(worded(vectors)[row, 1], expected)
+    assert not [name for name in worded.state_dict() if "words" in name]  # they are the model's
+
+
+def test_bpr_is_equation_13_negated() -> None:
+    liked, other = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])
+    expected = -sum(math.log(1 / (1 + math.exp(-d))) for d in (1.5, -4.0)) / 2
+    assert bpr(liked, other).item() == pytest.approx(expected)
+    assert bpr(torch.tensor([-1e4]), torch.tensor([0.0])).item() == pytest.approx(1e4)
+
+
+def naive_info_nce(p: torch.Tensor, t: torch.Tensor, ids: list[int], tau: float) -> torch.Tensor:
+    total = torch.zeros((), dtype=p.dtype)
+    for layer in range(len(p)):
+        for k in range(len(ids)):
+            top = torch.exp(F.cosine_similarity(p[layer, k], t[layer, k], dim=0) / tau)
+            below = top.clone()
+            for j in range(len(ids)):
+                if ids[j] != ids[k]:
+                    below = below + torch.exp(
+                        F.cosine_similarity(p[layer, k], t[layer, j], dim=0) / tau
+                    )
+            total = total - torch.log(top / below)
+    return total / (len(p) * len(ids))
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 3, 4], [1, 2, 1, 2], [5, 5, 5, 5]])
+def test_info_nce_is_the_corrected_equations_14_and_15(ids: list[int]) -> None:
+    p = torch.randn(N, B, H, dtype=torch.float64, requires_grad=True)
+    t = torch.randn(N, B, H, dtype=torch.float64)
+    found = info_nce(p, t, torch.tensor(ids), 0.5)
+    (gradient,) = torch.autograd.grad(found, p)
+    expected = naive_info_nce(p, t, ids, 0.5)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, p)[0])
