@@ -175,10 +175,11 @@ def main() -> None:
     parser.add_argument("--pandas_lines", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    load = round(os.getloadavg()[0], 1)  # above 0, others share the machine
     sizes = [int(word) for word in args.lines.split(",")]
     runs = [measure(lines, args.work / str(lines), args.pandas_lines) for lines in sizes]
     machine = {"machine": platform.machine(), "python": platform.python_version()}
-    text = json.dumps({**machine, "threads": 1, "runs": runs}, indent=1)
+    text = json.dumps({**machine, "threads": 1, "load_before": load, "runs": runs}, indent=1)
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(text + "\n", encoding="utf-8")
     print(text)

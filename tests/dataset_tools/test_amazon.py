@@ -105,6 +105,31 @@ def test_products_can_be_required_to_say_something(raw: Path, tmp_path: Path) ->
     assert {row[1] for row in interactions(tmp_path / "short")} == {"b", "c", "d"}
 
 
+@pytest.mark.parametrize(
+    ("command", "core", "everything", "meta"),
+    [
+        ("amazon2014", "reviews_Beauty_5.json.gz", "reviews_Beauty.json.gz", "meta_Beauty.json.gz"),
+        ("amazon2018", "Beauty_5.json.gz", "Beauty.json", "meta_Beauty.json.gz"),
+    ],
+)
+def test_all_reviews_or_those_of_the_5_core(
+    tmp_path: Path, command: str, core: str, everything: str, meta: str
+) -> None:
+    raw = tmp_path / "raw"
+    pack(raw / core, REVIEWS[:4])
+    pack(raw / everything, REVIEWS)
+    pack(raw / meta, PRODUCTS_2014)
+    name = "amazon-beauty" if command == "amazon2014" else "amazon2018-beauty"
+    for flags, rows, file in (((), 4, core), (("--all_reviews", "--force"), 10, everything)):
+        assert make(raw, tmp_path, command, "Beauty", "--min_inter=1", *flags) == 0
+        assert len(interactions(tmp_path / name)) == rows
+        card = (tmp_path / name / "README.md").read_text()
+        assert f"read from {file} and {meta}" in card
+        assert ("--all_reviews" in card) == bool(flags)
+    (raw / everything).unlink()
+    assert make(raw, tmp_path, command, "Beauty", "--all_reviews", "--force") == 1
+
+
 def test_a_limit_reads_no_further(raw: Path, tmp_path: Path) -> None:
     assert make(raw, tmp_path, "amazon2014", "Beauty", "--min_inter=1", "--limit=4") == 0
     assert len(interactions(tmp_path / "amazon-beauty")) == 4
