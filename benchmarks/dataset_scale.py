@@ -7,8 +7,8 @@ there and texts that nobody needs, and a file of products. Then it becomes a dat
 a process of its own: by `python -m dataset_tools amazon2014`, and by pandas as one would write it
 in a notebook (read_json, the same 5-core, to_csv; products as the source's page reads them). Peak
 memory, seconds and lines a second of both go to benchmarks/results/dataset_scale.json, and whether
-both kept the same rows and products. pandas keeps all texts in memory: above --pandas_lines it is
-left out.
+both kept the same histories and as many products. pandas keeps all texts in memory: above
+--pandas_lines it is left out.
 """
 
 from __future__ import annotations
@@ -106,9 +106,29 @@ def timed(command: list[str]) -> dict[str, float]:
     }
 
 
+def rated(cost: dict[str, float], lines: int) -> dict[str, float]:
+    """With lines a second, by the clock and of one core's work: others may share the machine."""
+    return {
+        **cost,
+        "lines_per_second": round(lines / cost["seconds"]),
+        "lines_per_cpu_second": round(lines / cost["cpu_seconds"]),
+    }
+
+
 def count(path: Path) -> int:
     with path.open("rb") as file:
         return sum(1 for _ in file) - 1
+
+
+def histories(path: Path) -> dict[str, list[list[str]]]:
+    """Items and times of each user, in order."""
+    found: dict[str, list[list[str]]] = {}
+    with path.open(encoding="ascii") as file:
+        next(file)
+        for line in file:
+            user, *rest = line.split("\t")[:3]
+            found.setdefault(user, []).append(rest)
+    return found
 
 
 def measure(lines: int, work: Path, pandas_lines: int) -> dict[str, Any]:
@@ -123,12 +143,13 @@ def measure(lines: int, work: Path, pandas_lines: int) -> dict[str, Any]:
         *(sys.executable, "-m", "dataset_tools", "amazon2014", "--category=Big", "--force"),
         *(f"--raw_dir={work}", f"--out={work}"),
     ])  # fmt: skip
-    made = {suffix: count(work / "amazon-big" / f"amazon-big.{suffix}") for suffix in SUFFIXES}
+    inter = work / "amazon-big" / "amazon-big.inter"
+    made = {suffix: count(inter.with_suffix(f".{suffix}")) for suffix in SUFFIXES}
     result: dict[str, Any] = {
         "lines": lines,
         "packed_mb": round(reviews.stat().st_size / 2**20),
         "made": made,
-        "ours": {**ours, "lines_per_second": round(lines / ours["seconds"])},
+        "ours": rated(ours, lines),
     }
     print(json.dumps(result), flush=True)
     if lines > pandas_lines:
@@ -137,9 +158,11 @@ def measure(lines: int, work: Path, pandas_lines: int) -> dict[str, Any]:
     other = timed(command)
     return {
         **result,
-        "pandas": {**other, "lines_per_second": round(lines / other["seconds"])},
+        "pandas": rated(other, lines),
         "same_counts": made == {suffix: count(work / f"pandas.{suffix}") for suffix in SUFFIXES},
+        "same_histories": histories(inter) == histories(work / "pandas.inter"),
         "seconds_ratio": round(other["seconds"] / ours["seconds"], 2),
+        "cpu_seconds_ratio": round(other["cpu_seconds"] / ours["cpu_seconds"], 2),
         "memory_ratio": round(other["peak_mb"] / ours["peak_mb"], 1),
     }
 
@@ -152,10 +175,11 @@ def main() -> None:
     parser.add_argument("--pandas_lines", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    load = round(os.getloadavg()[0], 1)  # above 0, others share the machine
     sizes = [int(word) for word in args.lines.split(",")]
     runs = [measure(lines, args.work / str(lines), args.pandas_lines) for lines in sizes]
     machine = {"machine": platform.machine(), "python": platform.python_version()}
-    text = json.dumps({**machine, "threads": 1, "runs": runs}, indent=1)
+    text = json.dumps({**machine, "threads": 1, "load_before": load, "runs": runs}, indent=1)
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(text + "\n", encoding="utf-8")
     print(text)

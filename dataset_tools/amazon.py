@@ -47,6 +47,8 @@ class Converter:
         """The flags."""
         about = "as the source writes it: Beauty, Video_Games, …"
         parser.add_argument("--category", required=True, help=about)
+        about = "take all reviews, even where the source has a 5-core of them"
+        parser.add_argument("--all_reviews", action="store_true", help=about)
         add_flags(parser, "from release and category: amazon-beauty", "reviews", TEXTS)
 
     def run(self, arguments: argparse.Namespace) -> str:
@@ -57,13 +59,14 @@ class Converter:
         """
         release, category = self.release, arguments.category
         words = [release.name, f"--category {category}"]
+        words += ["--all_reviews"] if arguments.all_reviews else []
         plan = Plan.of(arguments, dataset_name(release, category), TEXTS, *words)
-        reviews, products = (
-            self._file(arguments, names, folder)
-            for names, folder in zip(
-                (release.reviews, release.products), release.folders, strict=True
-            )
-        )
+        first, of_products, of_all = release.folders
+        names, place = release.reviews, first
+        if arguments.all_reviews:
+            names, place = release.reviews[-1:], of_all
+        reviews = self._file(arguments, names, place)
+        products = self._file(arguments, release.products, of_products)
         events = read_reviews(reviews, release, plan.bad, arguments.limit)
         with plan.shelf(events) as shelf:
             read_products(products, release, events.items, shelf, plan.bad, arguments.images)

@@ -29,9 +29,10 @@ class Release:
     Attributes:
         name: of the command, and how names of its datasets begin.
         source: address of its description.
-        reviews: files of reviews, ``{}`` is the category; the first that is there is taken.
+        reviews: files of reviews, ``{}`` is the category; the first that is there is taken, the
+            last has all.
         products: files of products.
-        folders: addresses of the folders of both.
+        folders: addresses of the folders of the first of `reviews`, of products, of all reviews.
         fields: user, item, time and rating of a review.
         units: of its times in a second.
         texts: field of a product for each of `TEXTS`.
@@ -42,7 +43,7 @@ class Release:
     source: str
     reviews: Sequence[str]
     products: Sequence[str]
-    folders: tuple[str, str]
+    folders: tuple[str, str, str]
     fields: tuple[str, str, str, str]
     units: int
     texts: Mapping[str, str]
@@ -84,8 +85,9 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-_SNAP = "https://snap.stanford.edu/data/amazon/productGraph"
-_UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data"
+_SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
+_V2 = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2"
+_V3 = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw"
 _OLD = ("reviewerID", "asin", "unixReviewTime", "overall")
 _PLAIN = dict(zip(TEXTS, TEXTS, strict=True))
 RELEASES = (
@@ -94,7 +96,7 @@ RELEASES = (
         "https://jmcauley.ucsd.edu/data/amazon/",
         ("reviews_{}_5.json", "reviews_{}.json"),
         ("meta_{}.json",),
-        (f"{_SNAP}/categoryFiles", f"{_SNAP}/categoryFiles"),
+        (_SNAP, _SNAP, _SNAP),
         _OLD,
         1,
         _PLAIN,
@@ -105,7 +107,7 @@ RELEASES = (
         "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/",
         ("{}_5.json", "{}.json"),
         ("meta_{}.json",),
-        (f"{_UCSD}/amazon_v2/categoryFilesSmall", f"{_UCSD}/amazon_v2/metaFiles2"),
+        (f"{_V2}/categoryFilesSmall", f"{_V2}/metaFiles2", f"{_V2}/categoryFiles"),
         _OLD,
         1,
         {**_PLAIN, "categories": "category"},
@@ -116,7 +118,7 @@ RELEASES = (
         "https://amazon-reviews-2023.github.io/",
         ("{}.jsonl",),
         ("meta_{}.jsonl",),
-        (f"{_UCSD}/amazon_2023/raw/review_categories", f"{_UCSD}/amazon_2023/raw/meta_categories"),
+        (f"{_V3}/review_categories", f"{_V3}/meta_categories", f"{_V3}/review_categories"),
         ("user_id", "parent_asin", "timestamp", "rating"),
         1000,
         {**_PLAIN, "brand": "store"},

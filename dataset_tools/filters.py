@@ -14,6 +14,7 @@ What each leaves out is counted in the dataset's card.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ def filter_words(arguments: argparse.Namespace, least: str) -> list[str]:
     plain = {"require": "", "max_title": 0, "min_inter": least, "sample_users": 0}
     plain |= {"seed": SEED, "top_frequency": 0}
     found = ((name, getattr(arguments, name)) for name in plain)
-    return [f"--{name} {value}" for name, value in found if value != plain[name]]
+    return [f"--{name} {shlex.quote(str(value))}" for name, value in found if value != plain[name]]
 
 
 def parse_least(text: str) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from dataset_tools.events import Events
 from dataset_tools.lines import text_lines
 from dataset_tools.raw import Plan, add_flags, pictures_by_id, raw_file
 from dataset_tools.shelf import Shelf
+from recbole_mm.data.atomic import IMAGE
 from recbole_mm.data.images import MAX_BYTES
 from recbole_mm.errors import UserError
 
@@ -52,8 +53,9 @@ def run(arguments: argparse.Namespace) -> str:
     events = read_pairs(pairs, plan.bad, arguments.limit)
     with plan.shelf(events) as shelf:
         read_titles(titles, events.items, shelf, plan.bad)
-        covers = pictures_by_id(_covers(arguments), events, shelf) if arguments.images else {}
-        plan.write(events, shelf, [pairs, titles], covers)
+        asked = arguments.images or IMAGE in plan.filters.require
+        covers = pictures_by_id(_covers(arguments), events, shelf) if asked else {}
+        plan.write(events, shelf, [pairs, titles], covers if arguments.images else {})
     return plan.folder.name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from recbole_mm.errors import UserError
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TAKEN = "ml-100k"
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_LONGEST_ID = 50
 _LEAST = "5"
 _LARGEST = 1 << 32  # bytes of a file in an archive
 
@@ -205,17 +207,20 @@ def _command(arguments: argparse.Namespace, words: Sequence[str]) -> str:
     said += [] if arguments.images else ["--no-images"]
     said += [f"--limit {arguments.limit}"] if arguments.limit else []
     files = [(flag, getattr(arguments, flag)) for flag in ("order_from", "order_ids")]
-    return " ".join([*said, *(f"--{flag} {Path(path).name}" for flag, path in files if path)])
+    said += [f"--{flag} {shlex.quote(Path(path).name)}" for flag, path in files if path]
+    return " ".join(said)
 
 
 def pictures_by_id(folder: Path, events: Events, shelf: Shelf) -> dict[int, Path]:
-    """A file `ID.jpg` (or .png, …) of each item that has one, which the shelf is told; ids are
-    numbers, but who knows."""
+    """A file `ID.jpg` (or .png, …) of each item that has one, which the shelf is told.
+
+    Ids are numbers, but who knows: what might be a path or too long a name has none.
+    """
     found: dict[int, Path] = {}
     for item, code in events.items.items():
-        files = (folder / f"{item}{suffix}" for suffix in _SUFFIXES) if item.isalnum() else ()
-        for file in files:
-            if file.is_file():
+        is_name = item.isalnum() and len(item) <= _LONGEST_ID
+        for file in (folder / f"{item}{suffix}" for suffix in _SUFFIXES):
+            if is_name and file.is_file():
                 found[code] = file
                 shelf.show(code)
                 break

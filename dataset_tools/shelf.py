@@ -43,7 +43,7 @@ class Shelf:
         self.title_lengths = np.zeros(size, dtype=np.int32)
         self._has = np.zeros(size, dtype=np.uint32)
         self._title = self.attributes.index("title")
-        there = next(folder for folder in (place, *place.absolute().parents) if folder.is_dir())
+        there = next(path for path in (place, *place.absolute().parents) if path.exists())
         try:
             self._file = tempfile.TemporaryFile(dir=there)  # noqa: SIM115 (closed by __exit__)
         except OSError as error:

@@ -73,6 +73,14 @@ PUBLISHED = {
     "amazon2018-phones": _illmrec(59_307, 19_671, 403_194),
     "amazon2018-books": _rarec(80_000, 1_041_948, 4_194_561),
     "amazon2018-clothing": _rarec(100_000, 1_023_230, 3_391_436),
+    "amazon2023-baby": _msr(
+        *(41_081, 14_393, 400_876),
+        **dict.fromkeys(COUNTED[:3], "its authors' own files have 99,722 users and 31,199 items"),
+    ),
+    "amazon2023-games": _msr(
+        *(38_808, 13_379, 352_136),
+        **dict.fromkeys(COUNTED[:3], "its authors' own files have 62,793 users and 22,069 items"),
+    ),
     "microlens-50k": _msr(
         *(25_411, 20_276, 223_263),
         items="the (6,5)-core of the released file has 11,896, the whole file 19,220",

@@ -30,7 +30,6 @@ from recbole_mm.data.atomic import (
 from recbole_mm.data.images import BadImageError, decode, open_header, read_bytes
 
 _TYPES = {"user_id": "token", "item_id": "token", "timestamp": "float", "rating": "float"}
-_ADDRESS = "address of a picture"
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
 
 
@@ -169,14 +168,14 @@ def _write_interactions(path: Path, interactions: Interactions) -> None:
     write_table(path, header, interactions.rows)
 
 
-def _write_items(folder: Path, name: str, content: Content) -> dict[str, int]:
+def _write_items(folder: Path, dataset: str, content: Content) -> dict[str, int]:
     """Writes `.text` with everything, `.item` with what RecBole's own models can use and `.urls`;
     returns how many items have something there."""
     names = list(content.attributes)
-    known = [(field, names.index(field)) for field in ITEM_FIELDS if field in names]
-    fields = [f"{ITEM}:token", *(f"{field}:{ITEM_FIELDS[field]}" for field, _ in known)]
-    paths = {suffix: folder / f"{name}.{suffix}" for suffix in ("text", "item", "urls")}
-    had = Counter(dict.fromkeys(names, 0))
+    known = [(name, names.index(name)) for name in ITEM_FIELDS if name in names]
+    fields = [f"{ITEM}:token", *(f"{name}:{ITEM_FIELDS[name]}" for name, _ in known)]
+    paths = {suffix: folder / f"{dataset}.{suffix}" for suffix in ("text", "item", "urls")}
+    had, addressed = Counter(dict.fromkeys(names, 0)), 0
     with (
         open_table(paths["text"], text_header(names)) as write_text,
         open_table(paths["item"], fields) as write_item,
@@ -184,15 +183,15 @@ def _write_items(folder: Path, name: str, content: Content) -> dict[str, int]:
     ):
         for item in content.items:
             write_text([item.token, *map(escape, item.values)])
-            write_item([item.token, *(item_cell(field, item.values[at]) for field, at in known)])
+            write_item([item.token, *(item_cell(name, item.values[at]) for name, at in known)])
             for url in item.urls:
                 write_url([item.token, escape(url)])
-            had.update(field for field, value in zip(names, item.values, strict=True) if value)
-            had.update([_ADDRESS] if item.urls else [])
-    for suffix, used in (("text", names), ("item", known), ("urls", _ADDRESS in had)):
+            had.update(name for name, value in zip(names, item.values, strict=True) if value)
+            addressed += bool(item.urls)
+    for suffix, used in (("text", names), ("item", known), ("urls", addressed)):
         if not used:
             paths[suffix].unlink()
-    return dict(had)
+    return {**had, **({"address of a picture": addressed} if addressed else {})}
 
 
 def _copy_images(

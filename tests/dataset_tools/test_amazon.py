@@ -105,9 +105,37 @@ def test_products_can_be_required_to_say_something(raw: Path, tmp_path: Path) ->
     assert {row[1] for row in interactions(tmp_path / "short")} == {"b", "c", "d"}
 
 
+@pytest.mark.parametrize(
+    ("command", "core", "everything", "meta"),
+    [
+        ("amazon2014", "reviews_Beauty_5.json.gz", "reviews_Beauty.json.gz", "meta_Beauty.json.gz"),
+        ("amazon2018", "Beauty_5.json.gz", "Beauty.json", "meta_Beauty.json.gz"),
+    ],
+)
+def test_all_reviews_or_those_of_the_5_core(
+    tmp_path: Path, command: str, core: str, everything: str, meta: str
+) -> None:
+    raw = tmp_path / "raw"
+    pack(raw / core, REVIEWS[:4])
+    pack(raw / everything, REVIEWS)
+    pack(raw / meta, PRODUCTS_2014)
+    name = "amazon-beauty" if command == "amazon2014" else "amazon2018-beauty"
+    for flags, rows, file in (((), 4, core), (("--all_reviews", "--force"), 10, everything)):
+        assert make(raw, tmp_path, command, "Beauty", "--min_inter=1", *flags) == 0
+        assert len(interactions(tmp_path / name)) == rows
+        card = (tmp_path / name / "README.md").read_text()
+        assert f"read from {file} and {meta}" in card
+        assert ("--all_reviews" in card) == bool(flags)
+    (raw / everything).unlink()
+    assert make(raw, tmp_path, command, "Beauty", "--all_reviews", "--force") == 1
+
+
 def test_a_limit_reads_no_further(raw: Path, tmp_path: Path) -> None:
     assert make(raw, tmp_path, "amazon2014", "Beauty", "--min_inter=1", "--limit=4") == 0
     assert len(interactions(tmp_path / "amazon-beauty")) == 4
+    card = (tmp_path / "amazon-beauty" / "README.md").read_text()
+    assert "--min_inter 1 --limit 4" in card
+    assert "read from reviews_Beauty_5.json.gz and meta_Beauty.json.gz" in card
 
 
 def test_ratings_that_are_missing_leave_the_column_out(tmp_path: Path) -> None:
@@ -117,6 +145,17 @@ def test_ratings_that_are_missing_leave_the_column_out(tmp_path: Path) -> None:
     assert make(raw, tmp_path, "amazon2014", "Beauty", "--min_inter=1") == 0
     header, _ = read_table(tmp_path / "amazon-beauty" / "amazon-beauty.inter")
     assert [name for name, _ in header] == ["user_id", "item_id", "timestamp"]
+
+
+def test_ratings_are_written_as_they_came(tmp_path: Path) -> None:
+    """They wait as float32."""
+    raw = tmp_path / "raw"
+    stars = [5.0, 3.7, 0.1, 4]
+    reviews = [review("u", f"i{n}", n, overall=star) for n, star in enumerate(stars)]
+    pack(raw / "reviews_Beauty_5.json.gz", reviews)
+    pack(raw / "meta_Beauty.json.gz", [])
+    assert make(raw, tmp_path, "amazon2014", "Beauty", "--min_inter=1") == 0
+    assert [row[3] for row in interactions(tmp_path / "amazon-beauty")] == ["5", "3.7", "0.1", "4"]
 
 
 # --- what strangers write ---

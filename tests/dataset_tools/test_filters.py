@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -94,6 +95,17 @@ def test_no_images_asks_for_addresses_all_the_same(raw: Path, tmp_path: Path) ->
     assert {item for _, item in rows} == set("abcde")
     assert not (tmp_path / "amazon2018-beauty" / "amazon2018-beauty.urls").exists()
     assert "--raw_dir raw --require image --min_inter 1 --no-images" in card(tmp_path)
+
+
+def test_the_command_on_the_card_can_be_given_again(raw: Path, tmp_path: Path) -> None:
+    made(raw, tmp_path, "--min_inter=3, 1", "--require= image ,title")
+    assert "--require ' image ,title' --min_inter '3, 1'" in card(tmp_path)
+    [line] = [line for line in card(tmp_path).splitlines() if "amazon2018 --category" in line]
+    words = shlex.split(line)[3:]
+    words[words.index("--raw_dir") + 1] = str(raw)
+    assert main([*words, f"--out={tmp_path}/again"]) == 0
+    first, again = (place / "amazon2018-beauty" for place in (tmp_path, tmp_path / "again"))
+    assert interactions(first) == interactions(again)
 
 
 def test_a_core_of_users_and_items_is_counted(raw: Path, tmp_path: Path) -> None:

@@ -56,6 +56,15 @@ def test_sequences_where_there_are_no_times(raw: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_breaks_and_bytes_that_titles_should_not_have(raw: Path, tmp_path: Path) -> None:
+    """A carriage return is a space, lines of Windows are lines, Latin-1 is read as such."""
+    titles = b'item,title\r\n11,Rice\rcake\r\n12,"Duck\r\nfoot \xe9"\r\n'
+    (raw / "MicroLens-50k_titles.csv").write_bytes(titles)
+    assert make(raw, tmp_path / "out") == 0
+    _, texts = read_text(tmp_path / "out" / "microlens-50k" / "microlens-50k.text")
+    assert dict(texts) == {"11": ["Rice cake"], "12": ["Duck\nfoot é"]}
+
+
 def test_lines_that_cannot_be_read_are_counted(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

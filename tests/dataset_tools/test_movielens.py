@@ -111,7 +111,8 @@ def test_lines_that_cannot_be_read_are_counted(
 def test_ids_cannot_leave_the_folder_of_posters(tmp_path: Path) -> None:
     (tmp_path / "posters").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "x.jpg")
-    (tmp_path / "ratings.dat").write_text("1::../x::5::1\n")
+    ratings = f"1::../x::5::1\n1::{'9' * 300}::5::1\n"
+    (tmp_path / "ratings.dat").write_text(ratings)
     (tmp_path / "movies.dat").write_text("../x::X::Drama\n")
     posters = tmp_path / "posters"
     assert make(tmp_path, tmp_path / "out", "1m", f"--posters={posters}") == 0

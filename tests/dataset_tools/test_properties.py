@@ -81,7 +81,10 @@ def test_its_command_makes_the_dataset_of_that_name(name: str) -> None:
     ],
 )
 def test_its_filters_are_those_of_the_paper(name: str, filters: Filters) -> None:
-    assert Filters.of(command(name)) == filters
+    parsed = command(name)
+    assert Filters.of(parsed) == filters
+    if parsed.converter == "amazon2018":
+        assert parsed.all_reviews == (filters.least[1] == 0)
 
 
 def test_all_are_packaged() -> None:
