@@ -39,7 +39,7 @@ _NEIGHBOURS = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `python -m dataset_tools encode`."""
     add = parser.add_argument
-    add("dataset", metavar="name", help="of the dataset")
+    add("dataset", help="its name")
     add(
         "--encoder",
         required=True,
@@ -245,7 +245,8 @@ def _show_neighbours(job: _Job, count: int) -> None:
     ids = {token: i for i, token in enumerate(content.item_tokens)}
     labels = [_label(content, ids[item], title) for item in store.info.items]
     matrix = np.asarray(store.matrix, dtype=np.float32)
-    for row in range(0, len(labels), -(-len(labels) // count)):
+    count = min(count, len(labels))
+    for row in (i * len(labels) // count for i in range(count)):
         print(f"\n{labels[row]}")
         for other, cosine in nearest_rows(matrix, row, labels, _NEIGHBOURS):
             print(f"  {cosine:.3f}  {labels[other]}")

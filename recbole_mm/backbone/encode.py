@@ -27,6 +27,7 @@ POOLINGS = {  # by the names of sentence-transformers
     "lasttoken": "last",
 }
 _MOST_TOKENS = 512  # where neither model nor tokenizer say how many they read
+_BLIND = "this encoder reads text alone"
 _CHARACTERS_PER_TOKEN = 32  # text beyond this many times what is read is not even looked at
 
 
@@ -135,8 +136,16 @@ class Encoder(ABC):
         """A vector of each text. Shape: (B, D), float32, on the model's device."""
 
     @abstractmethod
+    def pixels(self, image: Image.Image) -> dict[str, Tensor]:
+        """An RGB picture as the model takes it: each tensor's first axis is of length 1."""
+
+    @abstractmethod
+    def look(self, pixels: Sequence[dict[str, Tensor]]) -> Tensor:
+        """A vector of each of those. Shape: (B, D), float32, on the model's device."""
+
     def images(self, images: Sequence[Image.Image]) -> Tensor:
         """A vector of each RGB picture. Shape: (B, D), float32, on the model's device."""
+        return self.look([self.pixels(image) for image in images])
 
     def width(self, field: str) -> int:
         """D of ``text`` or ``image``."""
@@ -164,8 +173,11 @@ class TextModel(Encoder):
         rows = pool(states.float(), mask, self.how)
         return F.normalize(rows, dim=1) if self.normalize else rows
 
-    def images(self, images: Sequence[Image.Image]) -> Tensor:
-        raise ValueError("this encoder reads text alone")
+    def pixels(self, image: Image.Image) -> dict[str, Tensor]:
+        raise ValueError(_BLIND)
+
+    def look(self, pixels: Sequence[dict[str, Tensor]]) -> Tensor:
+        raise ValueError(_BLIND)
 
 
 class TwoTowers(Encoder):
@@ -188,12 +200,16 @@ class TwoTowers(Encoder):
         keys = {} if self.tokens.full else {"attention_mask": mask}  # SigLIP looks at padding too
         return _vector(self.model.get_text_features(input_ids=ids, **keys))
 
+    def pixels(self, image: Image.Image) -> dict[str, Tensor]:
+        return dict(self.processor(images=[image], return_tensors="pt"))
+
     @torch.no_grad()
-    def images(self, images: Sequence[Image.Image]) -> Tensor:
-        pixels = self.processor(images=list(images), return_tensors="pt")
-        return _vector(
-            self.model.get_image_features(**pixels.to(self.model.device, self.model.dtype))
-        )
+    def look(self, pixels: Sequence[dict[str, Tensor]]) -> Tensor:
+        batch = {key: torch.cat([one[key] for one in pixels]) for key in pixels[0]}
+        for key, part in batch.items():
+            dtype = self.model.dtype if part.is_floating_point() else part.dtype
+            batch[key] = part.to(self.model.device, dtype)
+        return _vector(self.model.get_image_features(**batch))
 
 
 def _vector(found: Any) -> Tensor:

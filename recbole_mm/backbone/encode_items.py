@@ -21,7 +21,7 @@ from recbole_mm.backbone.encode import Encoder
 from recbole_mm.backbone.vision import FeatureLog
 from recbole_mm.data.images import DIGEST, digest_of
 
-_READERS = 4  # threads that decode pictures
+_READERS = 4  # threads that decode and resize pictures
 _T = TypeVar("_T")
 _MOST_STRETCHED = 200  # long side to short; more is no picture of a product
 STRETCHED = f"{_MOST_STRETCHED} times as long as wide"
@@ -104,32 +104,33 @@ def encode_images(
         batch: pictures at once.
         show_progress: whether there is a bar.
     """
-    take = _Taker(load, source, log)
+    take = _Taker(encoder, load, source, log)
     keys: list[str | None] = []
     encoded = 0
     with ThreadPoolExecutor(_READERS) as readers:
         for part in _parts(items, batch, "Pictures", show_progress):
             found = list(readers.map(take, part))
             keys += [key for key, _ in found]
-            if new := {key: image for key, image in found if key and image}:
-                _store(log, list(new), encoder.images(list(new.values())))
+            if new := {key: pixels for key, pixels in found if key and pixels}:
+                _store(log, list(new), encoder.look(list(new.values())))
             encoded += len(new)
     return replace(_gather(keys, log, encoded), stretched=len(take.stretched))
 
 
 class _Taker:
-    """Takes an item's picture: the key of its vector, and itself where there is no vector yet."""
+    """Takes an item's picture: the key of its vector, and its pixels where there is none yet."""
 
     def __init__(
         self,
+        encoder: Encoder,
         load: Callable[[int], Image.Image | None],
         source: Callable[[int], Path | None],
         log: FeatureLog,
     ) -> None:
         self.stretched: set[int] = set()
-        self._load, self._source, self._log = load, source, log
+        self._pixels, self._load, self._source, self._log = encoder.pixels, load, source, log
 
-    def __call__(self, item: int) -> tuple[str | None, Image.Image | None]:
+    def __call__(self, item: int) -> tuple[str | None, dict[str, Tensor] | None]:
         path = self._source(item)
         key = None if path is None else digest_of(path)
         if key is not None and self._log.grid(key):
@@ -141,7 +142,7 @@ class _Taker:
             self.stretched.add(item)
             return None, None
         key = str(image.info[DIGEST])
-        return key, None if self._log.grid(key) else image
+        return key, None if self._log.grid(key) else self._pixels(image)
 
 
 def _digest(text: str) -> str:

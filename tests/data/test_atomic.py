@@ -17,6 +17,7 @@ from recbole_mm.data.atomic import (
     is_address,
     item_cell,
     new_folder,
+    read_columns,
     read_images,
     read_table,
     read_text,
@@ -184,6 +185,14 @@ def test_bytes_that_are_no_text_are_told_with_their_row(tmp_path: Path) -> None:
     path.write_bytes(b"item_id:token\ta:text\n1\tok\n2\t\xff\n")
     with pytest.raises(UserError, match="row 3: not UTF-8"):
         read_back(path)
+
+
+def test_columns_come_in_the_order_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "d.inter"
+    path.write_text("user_id:token\titem_id:token\trating:float\nu\ti\t5\nv\tj\t4\n")
+    assert [*read_columns(path, ["rating", "user_id"])] == [["5", "u"], ["4", "v"]]
+    with pytest.raises(UserError, match=r"d.inter has no column 'price:token'"):
+        read_columns(path, ["price"])
 
 
 def test_a_folder_is_no_table(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recbole_mm.data.features import FeatureStore, feature_paths, save_features
+from recbole_mm.data.atomic import write_text
+from recbole_mm.data.features import FeatureStore, feature_paths, hash_inputs, save_features
 from recbole_mm.errors import UserError
 
 ITEMS = ["i1", "i2", "i3"]
@@ -158,3 +159,24 @@ def test_large_matrices_are_checked_to_the_last_row(
     matrix[4, 3] = np.nan
     with pytest.raises(UserError, match=r"row 4 \(item 'e'\)"):
         save(tmp_path, matrix, list("abcde"))
+
+
+def test_fresh_is_what_was_made_of_the_same_content(tmp_path: Path) -> None:
+    """Of items with and without a row; features of unknown content are the user's own."""
+
+    def write(**texts: str) -> None:
+        write_text(tmp_path / "d.text", ["title"], [(item, [text]) for item, text in texts.items()])
+
+    write(i1="one", i2="two", i3="three")
+    now = hash_inputs(tmp_path, "d", ITEMS, ["i4"], ["title"])
+    save(tmp_path, inputs=now, fields=["title"], without=["i4"])
+    store = FeatureStore.open_fresh(tmp_path, "d", "clip")
+    assert (store.info.fields, store.info.without) == (["title"], ["i4"])
+    write(i3="three", i1="one", i2="two", i5="another")
+    FeatureStore.open_fresh(tmp_path, "d", "clip")
+    write(i1="one", i2="two", i3="three", i4="four")
+    with pytest.raises(UserError, match=r"d.clip.npy is stale"):
+        FeatureStore.open_fresh(tmp_path, "d", "clip")
+    for unknown in ({"inputs": now}, {"fields": ["title"]}):
+        save(tmp_path, **unknown)
+        FeatureStore.open_fresh(tmp_path, "d", "clip")
