@@ -11,6 +11,7 @@ from typing import Any
 from recbole_mm.errors import UserError, nearest
 
 MODELS = {
+    "ComiRec": "recbole_mm.model.comirec:ComiRec",
     "FMLPRec": "recbole_mm.model.fmlprec:FMLPRec",
     "LRURec": "recbole_mm.model.lrurec:LRURec",
     "LlamaRec": "recbole_mm.model.prime:PRIME",  # an alias: its YAML stands above PRIME's
