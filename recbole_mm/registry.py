@@ -15,6 +15,7 @@ MODELS = {
     "FMLPRec": "recbole_mm.model.fmlprec:FMLPRec",
     "LRURec": "recbole_mm.model.lrurec:LRURec",
     "LlamaRec": "recbole_mm.model.prime:PRIME",  # an alias: its YAML stands above PRIME's
+    "MLP4Rec": "recbole_mm.model.mlp4rec:MLP4Rec",
     "PRIME": "recbole_mm.model.prime:PRIME",
 }
 

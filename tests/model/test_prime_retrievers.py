@@ -26,6 +26,7 @@ RETRIEVERS = [
     {"retriever": "FMLPRec"},
     {"retriever": "ComiRec"},
     {"retriever": "ComiRec", "train_mode": "whole", "n_interests": 2},
+    {"retriever": "MLP4Rec"},
     {"retriever": "Caser"},  # reads rows of full length, and has a vector a user
 ]
 NAMES = [f"{r['retriever']}-{r.get('train_mode', 'prefix')}" for r in RETRIEVERS]
