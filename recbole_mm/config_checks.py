@@ -168,7 +168,8 @@ def check_all(model: str, model_class: Any, final: Final) -> None:
     stages: tuple[str, ...] = tuple(getattr(model_class, "stage_names", ()))
     _check_pickles(final)
     _check_positive(model_class, stages, final)
-    _check_declared(model_class, stages, final)
+    for declaring in (model_class, inner_class(model_class, final)):
+        _check_declared(declaring, stages, final)
     _check_metrics(stages, final)
     _check_protocol(model, model_class, final)
     _check_inner(model, model_class, final)

@@ -11,9 +11,11 @@ from typing import Any
 from recbole_mm.errors import UserError, nearest
 
 MODELS = {
+    "ComiRec": "recbole_mm.model.comirec:ComiRec",
     "FMLPRec": "recbole_mm.model.fmlprec:FMLPRec",
     "LRURec": "recbole_mm.model.lrurec:LRURec",
     "LlamaRec": "recbole_mm.model.prime:PRIME",  # an alias: its YAML stands above PRIME's
+    "MLP4Rec": "recbole_mm.model.mlp4rec:MLP4Rec",
     "PRIME": "recbole_mm.model.prime:PRIME",
     "RARec": "recbole_mm.model.rarec:RARec",
 }

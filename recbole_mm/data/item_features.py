@@ -1,4 +1,4 @@
-"""Which columns of `NAME.item` the zoo's feature models read.
+"""Which columns of `NAME.item` feature models read, the zoo's and ours.
 
 RecBole's own defaults name a column of ml-100k; here the dataset's header decides.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from recbole_mm.config_checks import inner_class
 from recbole_mm.errors import UserError
 
 _KEYS = ("selected_features", "item_attribute")  # RecBole's, of FDSA, GRU4RecF, SASRecF and S3Rec
@@ -18,26 +19,41 @@ def choose_item_features(config: Any) -> None:
     """Points a feature model's keys at the token columns of this dataset's `.item` file.
 
     Left alone: other models, keys the user has set, and datasets that have RecBole's default
-    column.
+    column. For a model with `optional_features` the key's default is None, and none may be there.
 
     Raises:
         UserError: the model needs features and the dataset has none.
     """
     final = config.final_config_dict
-    wanted = [key for key in _KEYS if final.get(key) in (_ML_100K, [_ML_100K])]
     path = Path(final["data_path"]) / f"{final['dataset']}.item"
     columns = _token_columns(path, final["field_separator"])
-    if not wanted or _ML_100K in columns:
-        return
     features = [name for name in columns if name != final["ITEM_ID_FIELD"]]
-    if not features:
+    optional = _are_optional(config)
+    if optional:
+        wanted = ["selected_features"] if final["selected_features"] is None else []
+    else:
+        wanted = [key for key in _KEYS if final.get(key) in (_ML_100K, [_ML_100K])]
+        wanted = [] if _ML_100K in columns else wanted
+    if wanted and not (features or optional):
         raise UserError(
             f"{config['model']} needs item features, and {path} has no token column beside the "
             "item's id: add one (categories:token_seq, say), or take a model without features."
         )
-    values = {"selected_features": features, "item_attribute": features[0]}
-    final.update({key: values[key] for key in wanted})
-    if final["load_col"] is not None:  # None loads every column of every file
+    if wanted:
+        _take(final, wanted, features)
+
+
+def _are_optional(config: Any) -> bool:
+    """Whether the model, or the one inside it, works without features too."""
+    inner = inner_class(config.model_class, config.final_config_dict)
+    return bool(getattr(inner or config.model_class, "optional_features", False))
+
+
+def _take(final: dict[str, Any], wanted: list[str], features: list[str]) -> None:
+    """Sets the keys, and what RecBole has to load for them."""
+    for key in wanted:
+        final[key] = features[0] if key == "item_attribute" else features
+    if final["load_col"] is not None and features:  # None loads every column of every file
         final["load_col"] = {**final["load_col"], "item": [final["ITEM_ID_FIELD"], *features]}
 
 

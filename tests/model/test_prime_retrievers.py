@@ -24,6 +24,9 @@ RETRIEVERS = [
     {"retriever": "GRU4Rec", "train_mode": "whole"},
     {"retriever": "BERT4Rec", "train_mode": "whole"},
     {"retriever": "FMLPRec"},
+    {"retriever": "ComiRec"},
+    {"retriever": "ComiRec", "train_mode": "whole", "n_interests": 2},
+    {"retriever": "MLP4Rec"},
     {"retriever": "Caser"},  # reads rows of full length, and has a vector a user
 ]
 NAMES = [f"{r['retriever']}-{r.get('train_mode', 'prefix')}" for r in RETRIEVERS]

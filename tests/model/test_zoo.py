@@ -352,7 +352,9 @@ class Stop(Exception):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize("model", ["MultiVAE", "RaCT", "NCL", "DiffRec", "RecVAE", "S3Rec", "CKE"])
+@pytest.mark.parametrize(
+    "model", ["MultiVAE", "RaCT", "NCL", "DiffRec", "RecVAE", "S3Rec", "CKE", "ComiRec"]
+)
 def test_a_stopped_run_ends_with_the_same_numbers(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
@@ -364,6 +366,7 @@ def test_a_stopped_run_ends_with_the_same_numbers(
     if model == "CKE":
         more |= entity_files(in_folder / "toy")
     stages: dict[str, dict[str, Any]] = {
+        "ComiRec": {"softmax": "sampled", "n_negatives": 1},
         "NCL": {"m_step": 3, "num_clusters": 5, "warm_up_step": 1},
         "RaCT": {"pretrain_epochs": 3},
         "S3Rec": {"pretrain_epochs": 2},
