@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dataset_tools import demo, encode, images, microlens, movielens, table, verify
+from dataset_tools import demo, encode, filter, images, microlens, movielens, table, verify
 from dataset_tools.amazon import Converter
 from dataset_tools.amazon_releases import RELEASES
 from recbole_mm.errors import told
@@ -21,6 +21,7 @@ CONVERTERS: dict[str, Any] = {
     **{release.name: Converter(release) for release in RELEASES},
     "movielens": movielens,
     "microlens": microlens,
+    "filter": filter,
     "demo": demo,
 }
 # Modules of the same kind that make no dataset; `INTERRUPTED` says what Ctrl-C leaves.
