@@ -66,8 +66,8 @@ class AlignedModel(nn.Module):
         self.use_id: bool = config["use_id"]
         self.tokens_at_once: int = config["score_tokens"]
         trains = {"alignment": (True, False), "both": (True, True), "language_model": (False, True)}
-        has_prefix, trains_model = trains[config["tune"]]
-        if trains_model:
+        has_prefix, self.trains_model = trains[config["tune"]]
+        if self.trains_model:
             language_model.model.float().requires_grad_(True)
         self.sides = nn.ModuleDict()
         if has_prefix:
@@ -76,6 +76,13 @@ class AlignedModel(nn.Module):
         self.log_scale: nn.Parameter | None = None
         if config["score_norm"] == "cosine":
             self.log_scale = nn.Parameter(torch.tensor(_FIRST_SCALE).log())
+
+    def train(self, mode: bool = True) -> AlignedModel:
+        """A frozen language model stays as it is evaluated, without dropout."""
+        super().train(mode)
+        if not self.trains_model:
+            self.language_model.eval()
+        return self
 
     def _side(self, id_size: int, config: Any) -> nn.Module:
         reads, n = self.language_model.reads, config["n_instructions"]
@@ -150,6 +157,7 @@ class RARec(SequentialRecommender):
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
+        _check(config)
         self.seed: int = config["seed"]
         self.active = "id_model"
         self.alpha = 0.0
@@ -290,6 +298,15 @@ class RARec(SequentialRecommender):
         if self.aligned is None:
             raise UserError("stages is 'id_model' alone: add alignment to stages.")
         return self.aligned
+
+
+def _check(config: Any) -> None:
+    """Raises `UserError` for keys that leave nothing to align."""
+    if not config["use_id"] and (config["inject"] != "prefix" or config["n_instructions"] == 0):
+        raise UserError(
+            "use_id is False: without ID vectors there is only inject: prefix with n_instructions "
+            "of 1 or more."
+        )
 
 
 def _id_size(model: Any, n_items: int) -> int:

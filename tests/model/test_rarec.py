@@ -204,6 +204,13 @@ def test_only_the_alignment_learns_and_all_of_it(mini: Path, in_folder: Path) ->
     assert count == 2 * 2 * (64 * 16 + 64 + 64)  # towers, layers, (W, b, c)
 
 
+def test_a_frozen_language_model_has_no_dropout(shop: Shop) -> None:
+    shop.stage.module.train()
+    assert not shop.model.aligned.language_model.training
+    assert shop.model.aligned.sides.training
+    shop.stage.module.eval()
+
+
 def test_it_learns_a_few_samples_by_heart(mini: Path, in_folder: Path) -> None:
     shop = shop_of(mini, in_folder, n_samples=8, tune="both", data_mode="random", align_weight=0.0)
     stage = shop.stage
@@ -314,6 +321,8 @@ def test_mistakes_get_one_sentence(mini: Path, in_folder: Path) -> None:
         ({"max_user_tokens": 4000}, "reads 512"),
         ({"max_user_tokens": 3}, "the task alone takes"),
         ({"attributes": ["plot"]}, "set attributes to columns it has"),
+        ({"use_id": False, "n_instructions": 0}, "use_id is False"),
+        ({"use_id": False, "inject": "inputs"}, "use_id is False"),
     ):
         with pytest.raises(UserError, match=says):
             shop_of(mini, in_folder, **changes)

@@ -27,10 +27,16 @@ SHOP = [
     *("--ranker_batch_size=4", "--ranker_max_steps=6", "--ranker_eval_every=3"),
     *("--preference_batch_size=16", "--preference_max_steps=6", "--preference_eval_every=3"),
 ]
+TITLES = [
+    *("--dataset=mm-demo", "--limit_users=60", "--epochs=2", "--topk=[5,10,25]", "--backbone=tiny"),
+    *("--n_samples=60", "--alignment_batch_size=8"),
+    *("--alignment_max_steps=8", "--alignment_eval_every=3"),
+]
+DATA = {"--model=PRIME": SHOP, "--model=RARec": TITLES}
 
 
 def command(*flags: str) -> list[str]:
-    data = SHOP if "--model=PRIME" in flags else SMALL
+    data = DATA.get(flags[0], SMALL)
     return [sys.executable, str(REPO / "run_recbole_mm.py"), *flags, *data, *ALWAYS]
 
 
@@ -77,6 +83,7 @@ def kill_when(folder: Path, ready, *flags: str) -> None:
         ("BPR", ("--epochs=25",), lambda s: s["stages"].get("train", {}).get("epochs", 0) >= 5),
         ("PRIME", (), lambda s: s["stages"].get("ranker", {}).get("steps", 0) >= 4),
         ("PRIME", (), lambda s: s["stages"].get("preference", {}).get("steps", 0) >= 4),
+        ("RARec", (), lambda s: s["stages"].get("alignment", {}).get("steps", 0) >= 4),
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted(
