@@ -326,12 +326,14 @@ def _save(data: bytes, images: Path) -> str:
 
 
 def _bounded(data: bytes, max_side: int, quality: int) -> bytes:
-    """A picture as JPEG with sides of at most `max_side` pixels; what is smaller keeps its size.
+    """A picture as JPEG with sides of at most `max_side` pixels, and nothing but the picture; what
+    is smaller keeps its size.
 
     Raises:
         BadImageError: see `decode`.
     """
     image = decode(data)
+    image.info = {}  # comments and the like would be written along, and long ones never end
     image.thumbnail((max_side, max_side))
     out = io.BytesIO()
     image.save(out, "JPEG", quality=quality)

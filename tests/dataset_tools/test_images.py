@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from dataset_tools.__main__ import main
 from dataset_tools.images import MANIFEST, Manifest
@@ -178,6 +179,20 @@ def test_bombs_and_endless_answers_are_refused_for_good(
     assert "for good, more than 16,000,000 pixels: 1" in out
     assert fetch(folder) == 0
     assert dict(shop.asked) == {"/bomb": 1, "/endless": 1}
+
+
+@pytest.mark.parametrize("comment", ["secret", "x" * 70_000, "é" * 40_000])
+def test_what_is_written_in_a_picture_is_left_out(shop: Shop, tmp_path: Path, comment: str) -> None:
+    """Pillow would write it into the JPEG: too long a one is an error there, or has no end."""
+    info, out = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_text("comment", comment)
+    Image.new("RGB", (10, 10)).save(out, "PNG", pnginfo=info)
+    shop.answers = {"/a": out.getvalue()}
+    folder = make_dataset(tmp_path, [("a", shop.url("/a"))])
+    assert fetch(folder) == 0
+    saved = (folder / "images" / shown(folder)["a"][0]).read_bytes()
+    assert b"secret" not in saved
+    assert len(saved) < 2000
 
 
 FAULTS = (  # of every twentieth picture, in turn
