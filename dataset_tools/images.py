@@ -13,6 +13,7 @@ import argparse
 import io
 import json
 import os
+import re
 import signal
 import threading
 from collections import Counter
@@ -21,11 +22,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from recbole_mm.data.atomic import IMAGE, read_images, read_urls, stays_below, write_images
-from recbole_mm.data.images import MAX_BYTES, BadImageError, decode, digest
+from recbole_mm.data.atomic import IMAGE, read_images, read_urls, write_images
+from recbole_mm.data.images import BROKEN, MAX_BYTES, BadImageError, decode, digest
 from recbole_mm.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ HOSTS = (  # of the sources' pictures
     "recsys.westlake.edu.cn",
 )
 MANIFEST = "manifest.jsonl"
+_LONGEST_SIDE = 16_384  # pixels; a JPEG can have four times as many
+_FILE = re.compile(r"[0-9a-f]{2}/[0-9a-f]{32}\.jpg")
+_TOLD = 5  # hosts that are named
 Urls = Mapping[str, Sequence[str]]
 
 
@@ -69,8 +74,10 @@ def run(arguments: argparse.Namespace) -> None:
     images = folder / "images"
     images.mkdir(exist_ok=True)
     with Manifest(images / MANIFEST, images, arguments.again) as manifest:
-        stopped = _fetch_all(urls, manifest, images, arguments)
-        rows = _enter(folder, urls, manifest, arguments.per_item)
+        try:
+            stopped = _fetch_all(urls, manifest, images, arguments)
+        finally:  # whatever goes wrong, what has come counts
+            rows = _enter(folder, urls, manifest, arguments.per_item)
     _tell(urls, manifest, rows)
     if stopped:
         print("Interrupted. The same command goes on from here.")
@@ -84,8 +91,9 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{flag} is {getattr(arguments, flag)}: give {lowest} or more.")
     if not arguments.rate >= 0:
         raise UserError(f"--rate is {arguments.rate}: give 0 or more.")
-    if arguments.quality > 95:
-        raise UserError(f"--quality is {arguments.quality}: give 95 or less.")
+    for flag, highest in {"quality": 95, "max_side": _LONGEST_SIDE, "workers": 64}.items():
+        if getattr(arguments, flag) > highest:
+            raise UserError(f"--{flag} is {getattr(arguments, flag)}: give {highest} or less.")
 
 
 def addresses(folder: Path, limit: int = 0) -> dict[str, list[str]]:
@@ -124,17 +132,24 @@ class Manifest:
     Attributes:
         files: picture below `images` by address.
         gone: reason by address.
+        refused: reason by address of what is not asked for, or not given; nothing that is kept,
+            since a flag may allow it.
         failed: reason by address of what failed in this run, and may not in the next.
+        made: every file that stands in the manifest.
     """
 
     def __init__(self, path: Path, images: Path, again: bool = False) -> None:
         self.files: dict[str, str] = {}
         self.gone: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
         self.failed: dict[str, str] = {}
-        for record in _records(path):
+        self.made: set[str] = set()
+        for record in _records(path):  # the last one of an address counts
             url, file, why = (record.get(key) for key in ("url", "file", "why"))
-            if isinstance(url, str) and isinstance(file, str) and stays_below(file):
-                if (images / file).is_file():
+            if isinstance(url, str) and isinstance(file, str) and _FILE.fullmatch(file):
+                self.made.add(file)
+                self.gone.pop(url, None)
+                if _has_bytes(images / file):
                     self.files[url] = file
             elif isinstance(url, str) and isinstance(why, str) and not again:
                 self.gone[url] = why
@@ -152,13 +167,13 @@ class Manifest:
     def fetched(self, url: str, file: str) -> None:
         """The address has this picture."""
         self.files[url] = file
+        self.made.add(file)
         self._add({"url": url, "file": file})
 
-    def lost(self, url: str, why: str, gone: bool) -> None:
-        """The address has no picture, for ever (`gone`) or today."""
-        (self.gone if gone else self.failed)[url] = why
-        if gone:
-            self._add({"url": url, "why": why})
+    def lost(self, url: str, why: str) -> None:
+        """The address has no picture, and never will."""
+        self.gone[url] = why
+        self._add({"url": url, "why": why})
 
     def _add(self, record: Mapping[str, str]) -> None:
         with self._lock:
@@ -174,7 +189,7 @@ class Manifest:
         for candidates in urls.values():
             lacking = per_item
             for url in candidates:
-                if url in self.gone:
+                if url in self.gone or url in self.refused:
                     continue
                 if url not in self.files and url not in self.failed:
                     found[url] = None
@@ -197,10 +212,15 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             try:
                 record = json.loads(line)
-            except ValueError:  # half-written when the run was killed
+            except (ValueError, RecursionError):  # half-written when the run was killed
                 continue
             if isinstance(record, dict):
                 yield record
+
+
+def _has_bytes(path: Path) -> bool:
+    """Whether a file is there and not empty, as one may be after the power failed."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _ends_whole(path: Path) -> bool:
@@ -298,17 +318,22 @@ def _fetch_one(
     url: str, fetcher: Fetcher, manifest: Manifest, images: Path, arguments: argparse.Namespace
 ) -> None:
     """Fetches one picture and enters what became of it into the manifest at once."""
-    from dataset_tools.net import FetchError, StoppedError, https_form
+    from dataset_tools.net import FetchError, RefusedError, StoppedError, https_form
 
     try:
         data = fetcher.read(https_form(url), MAX_BYTES)
         data = _bounded(data, arguments.max_side, arguments.quality)
     except StoppedError:
         return
+    except RefusedError as error:
+        manifest.refused[url] = str(error)
     except FetchError as error:
-        manifest.lost(url, str(error), error.gone)
+        if error.gone:
+            manifest.lost(url, str(error))
+        else:
+            manifest.failed[url] = str(error)
     except BadImageError as error:
-        manifest.lost(url, str(error), gone=True)
+        manifest.lost(url, str(error))
     else:
         manifest.fetched(url, _save(data, images))
 
@@ -317,10 +342,13 @@ def _save(data: bytes, images: Path) -> str:
     """Saves a picture under the hash of its content; returns its path below `images`."""
     name = f"{digest(data)[:32]}.jpg"
     target = images / name[:2] / name
-    if not target.is_file():
+    if not _has_bytes(target):
         target.parent.mkdir(exist_ok=True)
         fresh = target.with_name(f".{name}.{os.getpid()}.{threading.get_ident()}.tmp")
-        fresh.write_bytes(data)
+        with fresh.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(fresh, target)
     return f"{name[:2]}/{name}"
 
@@ -330,13 +358,16 @@ def _bounded(data: bytes, max_side: int, quality: int) -> bytes:
     is smaller keeps its size.
 
     Raises:
-        BadImageError: see `decode`.
+        BadImageError: see `decode`; or it cannot be written again.
     """
     image = decode(data)
     image.info = {}  # comments and the like would be written along, and long ones never end
-    image.thumbnail((max_side, max_side))
     out = io.BytesIO()
-    image.save(out, "JPEG", quality=quality)
+    try:
+        image.thumbnail((max_side, max_side))
+        image.save(out, "JPEG", quality=quality)
+    except Exception as error:  # as in `decode`: a picture may raise almost anything
+        raise BadImageError(BROKEN) from error
     return out.getvalue()
 
 
@@ -344,10 +375,14 @@ def _bounded(data: bytes, max_side: int, quality: int) -> bytes:
 
 
 def _enter(folder: Path, urls: Urls, manifest: Manifest, per_item: int) -> list[tuple[str, str]]:
-    """Writes NAME.image: the fetched pictures, and what it had of other items."""
+    """Writes NAME.image: what it had from elsewhere and is there, then what was fetched."""
     path = folder / f"{folder.name}.{IMAGE}"
     earlier = read_images(path) if path.is_file() else ()
-    rows = [(item, file) for item, file in earlier if item not in urls]
+    rows = [
+        (item, file)
+        for item, file in earlier
+        if file not in manifest.made and _has_bytes(folder / "images" / file)
+    ]
     rows += [
         (item, file)
         for item, candidates in urls.items()
@@ -362,8 +397,12 @@ def _enter(folder: Path, urls: Urls, manifest: Manifest, per_item: int) -> list[
 def _tell(urls: Urls, manifest: Manifest, rows: Sequence[tuple[str, str]]) -> None:
     shown = {item for item, _ in rows}
     print(f"items with addresses: {len(urls):,}, with a picture: {len(shown & set(urls)):,}")
-    for what, reasons in (("for good", manifest.gone), ("today", manifest.failed)):
+    parts = (("for good", manifest.gone), ("", manifest.refused), ("today", manifest.failed))
+    for what, reasons in parts:
         for why, count in sorted(Counter(reasons.values()).items()):
-            print(f"  addresses without a picture {what}, {why}: {count:,}")
+            print(f"  {' '.join(['addresses without a picture', what]).strip()}, {why}: {count:,}")
+    if hosts := Counter(urlsplit(url).hostname for url in manifest.refused):
+        named = ", ".join(f"{host} {count:,}" for host, count in hosts.most_common(_TOLD))
+        print(f"  refused are of {len(hosts):,} hosts: {named}{' …' if len(hosts) > _TOLD else ''}")
     if manifest.failed:
         print("Run the command again later for what failed today.")

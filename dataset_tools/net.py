@@ -18,6 +18,12 @@ import httpx2
 Headers = Mapping[str, str]
 _T = TypeVar("_T")
 _IP = ipaddress.IPv4Address | ipaddress.IPv6Address
+UNKNOWN = "refused: no known host (see --hosts)"
+# IPv6 networks whose last 32 bits are an IPv4 address (compatible, translated, NAT64), the mark of
+# ISATAP before such an address, and networks that are never on the internet.
+_CARRIERS = tuple(map(ipaddress.IPv6Network, ("::/96", "::ffff:0:0:0/96", "64:ff9b::/96")))
+_ISATAP = 0x5EFE << 32
+_NEVER = tuple(map(ipaddress.IPv6Network, ("64:ff9b:1::/48", "fec0::/10")))
 _REDIRECTS = 3
 _LONGEST_WAIT = 300.0  # seconds; who asks for more is asked again by the next run
 _GONE = (404, 410)
@@ -42,6 +48,10 @@ class FetchError(Exception):
         self.gone = gone
 
 
+class RefusedError(FetchError):
+    """Not asked for, or not given to us: neither gone nor to be asked again."""
+
+
 class StoppedError(FetchError):
     """The fetcher was stopped before it asked."""
 
@@ -63,7 +73,9 @@ def https_form(url: str) -> str:
     """An `http` address as `https`, at the host where an old one's files are now."""
     begin, between, rest = url.partition("://")
     host, slash, path = rest.partition("/")
-    if not between or begin.lower() not in ("http", "https") or ":" in host:
+    if not between or begin.lower() not in ("http", "https"):
+        return url
+    if ":" in host or _names_this_machine(host):
         return url
     moved = _MOVED.get(host.lower(), host)
     return f"https://{moved}{slash}{path}"
@@ -87,23 +99,31 @@ class Guard:
         parents = (f"*.{host.split('.', cut)[cut]}" for cut in range(1, host.count(".") + 1))
         return host in self.hosts or any(parent in self.hosts for parent in parents)
 
+    def check(self, url: httpx2.URL) -> None:
+        """Looks at the address alone.
+
+        Raises:
+            RefusedError: it may not be fetched.
+        """
+        is_own = self.allow_local and _names_this_machine(url.host)
+        if url.userinfo or not (self.knows(url.host) or is_own):
+            raise RefusedError(UNKNOWN)
+        if not is_own and (url.scheme != "https" or url.port not in (None, 443)):
+            raise RefusedError("refused: no https address, or with a port")
+        if is_own and url.scheme not in ("http", "https"):
+            raise RefusedError("refused: neither http nor https")
+
     def addresses(self, url: httpx2.URL) -> list[str]:
         """The network addresses of an address that may be fetched.
 
         Raises:
-            FetchError: it may not be.
+            RefusedError: it may not be.
             LaterError: its host is not found.
         """
-        is_own = self.allow_local and _names_this_machine(url.host)
-        if url.userinfo or not (self.knows(url.host) or is_own):
-            raise FetchError(f"refused: {url.host or url} is no known host (see --hosts)")
-        if not is_own and (url.scheme != "https" or url.port not in (None, 443)):
-            raise FetchError("refused: no https address, or with a port")
-        if is_own and url.scheme not in ("http", "https"):
-            raise FetchError(f"refused: {url.scheme} is no http")
+        self.check(url)
         found = _resolved(url.host, url.port or 443)
         if not self.allow_local and not all(map(_is_public, found)):
-            raise FetchError(f"refused: {url.host} lies in a private network")
+            raise RefusedError("refused: the host lies in a private network")
         return [str(address) for address in found]
 
 
@@ -125,7 +145,11 @@ def _resolved(host: str, port: int) -> list[_IP]:
 def _is_public(address: _IP) -> bool:
     """Whether an address is on the internet; one that carries another inside is as that one."""
     if isinstance(address, ipaddress.IPv6Address):
+        if any(address in network for network in _NEVER):
+            return False
         inside = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
+        if any(address in network for network in _CARRIERS) or int(address) & _ISATAP == _ISATAP:
+            inside = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inside is not None:
             return _is_public(inside)
     return address.is_global and not address.is_multicast
@@ -196,6 +220,7 @@ class Fetcher:
         self._tries, self._timeout_s = tries, timeout_s
         self._gap = 1 / rate if rate else 0.0
         self._next, self._lock = 0.0, threading.Lock()
+        self._guard = guard
         self._client = httpx2.Client(
             transport=_Guarded(guard, connections),
             timeout=timeout_s,
@@ -254,18 +279,20 @@ class Fetcher:
         """The answer to one request, its body not yet read.
 
         Raises:
-            FetchError: refused, gone, or another error that asking again does not mend.
+            RefusedError: by the guard, or by the source.
+            FetchError: gone.
             LaterError: of the network or of the source, for now.
         """
-        self._take_turn()
         try:
+            self._guard.check(httpx2.URL(url))  # what is refused takes no turn
+            self._take_turn()
             with self._client.stream("GET", url, headers=headers) as response:
                 _check(response)
                 yield response
         except httpx2.InvalidURL as error:
-            raise FetchError(f"refused: no address ({error})") from None
+            raise RefusedError(f"refused: no address ({error})") from None
         except (httpx2.UnsupportedProtocol, httpx2.TooManyRedirects) as error:
-            raise FetchError(f"refused: {error}") from None
+            raise RefusedError(f"refused: {error}") from None
         except httpx2.TransportError as error:
             raise LaterError(f"network ({type(error).__name__})") from None
 
@@ -305,7 +332,9 @@ def _check(response: httpx2.Response) -> None:
     why = f"status {status}" if status not in (200, 206) else "packed though nobody asked"
     if status in _LATER or status >= 500:
         raise LaterError(why, _retry_after(response.headers.get("Retry-After", "")))
-    raise FetchError(why, gone=status in _GONE)
+    if status in _GONE:
+        raise FetchError(why, gone=True)
+    raise RefusedError(f"refused: {why}")
 
 
 def _retry_after(value: str) -> float | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, PngImagePlugin
 
+from dataset_tools import images
 from dataset_tools.__main__ import main
 from dataset_tools.images import MANIFEST, Manifest
 from recbole_mm.data.atomic import read_images, write_images, write_table, write_urls
@@ -121,13 +122,19 @@ def test_several_pictures_an_item_keep_their_order(shop: Shop, tmp_path: Path) -
     assert Image.open(alone / "images" / shown(alone)["a"][0]).getpixel((0, 0)) == first
 
 
-def test_pictures_of_items_without_addresses_stay(shop: Shop, tmp_path: Path) -> None:
+def test_pictures_from_elsewhere_stay_and_come_first(shop: Shop, tmp_path: Path) -> None:
     shop.answers = {"/a": picture(1)}
-    folder = make_dataset(tmp_path, [("a", shop.url("/a"))])
-    write_images(folder / "shop.image", [("other", "mine.jpg"), ("a", "old.jpg")])
-    assert fetch(folder) == 0
-    assert shown(folder)["other"] == ["mine.jpg"]
-    assert shown(folder)["a"] != ["old.jpg"]
+    folder = make_dataset(tmp_path, [("a", shop.url("/a")), ("gone", shop.url("/gone"))])
+    (folder / "images").mkdir()
+    (folder / "images" / "mine.jpg").write_bytes(picture(5))
+    rows = [("other", "mine.jpg"), ("a", "absent.jpg"), ("gone", "mine.jpg"), ("a", "mine.jpg")]
+    write_images(folder / "shop.image", rows)
+    for _ in range(2):
+        assert fetch(folder) == 0
+        assert shown(folder)["other"] == ["mine.jpg"]
+        assert shown(folder)["gone"] == ["mine.jpg"]  # whose address is dead
+        assert shown(folder)["a"][0] == "mine.jpg"
+        assert len(shown(folder)["a"]) == 2
 
 
 def test_what_fails_for_the_moment_is_tried_again(shop: Shop, tmp_path: Path) -> None:
@@ -262,18 +269,29 @@ def unrecorded(shop: Shop, folder: Path) -> set[str]:
 def test_a_manifest_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
-    for name in "ab":
-        (images / f"{name}.jpg").write_bytes(picture(1))
+    a, b, empty = (f"{name * 2}/{name * 32}.jpg" for name in "abc")
+    for file in (a, b, empty):
+        (images / file).parent.mkdir()
+        (images / file).write_bytes(b"" if file == empty else picture(1))
     path = images / MANIFEST
-    whole = json.dumps({"url": "https://x/a", "file": "a.jpg"})
-    path.write_text(f'{whole}\n[]\n{{"url": "https://x/e", "file": "../e.jpg"}}\n{{"url": "ht')
+    whole = "\n".join(
+        json.dumps(record)
+        for record in (
+            {"url": "https://x/a", "why": "status 404"},  # until somebody asked --again
+            {"url": "https://x/a", "file": a},
+            {"url": "https://x/empty", "file": empty},
+        )
+    )
+    odd = [{"url": "https://x/e", "file": file} for file in ("../e.jpg", MANIFEST, "x" * 5000)]
+    lines = [whole, "[]", "[" * 100_000, *map(json.dumps, odd), '{"url": "ht']
+    path.write_text("\n".join(lines))
     with Manifest(path, images) as manifest:
-        assert manifest.files == {"https://x/a": "a.jpg"}
-        manifest.fetched("https://x/b", "b.jpg")
-        manifest.lost("https://x/c", "status 404", gone=True)
-        manifest.lost("https://x/d", "status 500", gone=False)
+        assert manifest.files == {"https://x/a": a}
+        assert manifest.gone == {}
+        manifest.fetched("https://x/b", b)
+        manifest.lost("https://x/c", "status 404")
     again = Manifest(path, images)
-    assert again.files == {"https://x/a": "a.jpg", "https://x/b": "b.jpg"}
+    assert again.files == {"https://x/a": a, "https://x/b": b}
     assert again.gone == {"https://x/c": "status 404"}
     assert again.failed == {}
 
@@ -288,6 +306,8 @@ def test_mistakes_get_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "--per_item is 0: give 1 or more." in capsys.readouterr().err
     assert fetch(folder, "--rate=nan") == 1
     assert "--rate is nan" in capsys.readouterr().err
+    assert fetch(folder, "--max_side=100000") == 1
+    assert "--max_side is 100000: give 16384 or less." in capsys.readouterr().err
     assert fetch(folder, "--quality=100") == 1
     assert "--quality is 100" in capsys.readouterr().err
 
@@ -299,4 +319,40 @@ def test_without_the_flag_this_machine_is_not_asked(
     make_dataset(tmp_path, [("a", shop.url("/a"))])
     assert main(["images", "shop", f"--data_path={tmp_path}"]) == 0
     assert not shop.asked
-    assert "127.0.0.1 is no known host (see --hosts): 1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "without a picture, refused: no known host (see --hosts): 1" in out
+    assert "refused are of 1 hosts: 127.0.0.1 1" in out
+    assert "again later" not in out
+
+
+def test_a_refused_address_gives_way_to_the_next(shop: Shop, tmp_path: Path) -> None:
+    shop.answers = {"/a": picture(1), "/b": says(403), "/b2": picture(2)}
+    refused = [("a", f"https://blocked{n}.example/a") for n in range(300)]
+    paths = [("a", "/a"), ("b", "/b"), ("b", "/b2")]
+    urls = [*refused, *((item, shop.url(path)) for item, path in paths)]
+    folder = make_dataset(tmp_path, urls)
+    started = time.monotonic()
+    assert fetch(folder, "--rate=20") == 0
+    assert time.monotonic() - started < 10  # what is not asked for takes no turn
+    assert list(shown(folder)) == ["a", "b"]
+
+
+def test_what_came_counts_whatever_goes_wrong(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.answers = {f"/{n}": picture(n) for n in range(40)}
+    folder = make_dataset(tmp_path, [(f"i{n}", shop.url(f"/{n}")) for n in range(40)])
+    real, saved = images._save, []
+
+    def save(data: bytes, place: Path) -> str:
+        saved.append(data)
+        if len(saved) > 20:
+            raise OSError(28, "No space left on device")
+        return real(data, place)
+
+    monkeypatch.setattr(images, "_save", save)
+    assert fetch(folder) == 1
+    assert len(shown(folder)) == 20
+    monkeypatch.undo()
+    assert fetch(folder) == 0
+    assert len(shown(folder)) == 40

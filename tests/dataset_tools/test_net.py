@@ -45,6 +45,7 @@ def test_old_addresses_get_their_https_form() -> None:
         "http://images.amazon.com/a?b=c://d": "https://images.amazon.com/a?b=c://d",
         "https://m.media-amazon.com/a": "https://m.media-amazon.com/a",
         "http://127.0.0.1:8000/a": "http://127.0.0.1:8000/a",
+        "http://localhost/a": "http://localhost/a",
         "ftp://x/a": "ftp://x/a",
         "nothing": "nothing",
     }.items():
@@ -89,7 +90,8 @@ def test_hostile_addresses_are_refused(url: str, named: dict[str, list[str]]) ->
     [
         *("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0"),
         *("100.64.0.1", "224.0.0.1", "255.255.255.255", "::1", "fe80::1", "fd00::1", "::"),
-        *("::ffff:127.0.0.1", "2002:7f00:1::", "ff02::1"),
+        *("::ffff:127.0.0.1", "2002:7f00:1::", "ff02::1", "fec0::1", "::7f00:1", "::ffff:0:7f00:1"),
+        *("64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::a00:1", "2a00::5efe:a00:1"),
     ],
 )
 def test_a_known_name_in_a_private_network_is_refused(
