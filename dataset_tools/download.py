@@ -11,24 +11,32 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 from recbole_mm.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
-    from dataset_tools.net import Fetcher
+    from dataset_tools.net import Fetcher, LaterError
 
 HOSTS = (
     *("snap.stanford.edu", "jmcauley.ucsd.edu", "mcauleylab.ucsd.edu", "datarepo.eng.ucsd.edu"),
     *("files.grouplens.org", "recsys.westlake.edu.cn"),
 )
 _MD5 = re.compile(r"\b[0-9a-fA-F]{32}\b")
+_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})")
+_NO_SUCH_RANGE = "status 416"
 _CHUNK = 1 << 20
 
 
@@ -83,9 +91,11 @@ def obtain(raw: Path, remote: Remote, mirror: str | None = None) -> Path:
     fetcher = Fetcher(Guard(frozenset(hosts), allow_local=bool(mirror)), timeout_s=60)
     target = raw / remote.name
     raw.mkdir(parents=True, exist_ok=True)
-    print(f"Downloading {place.url} (its terms: {remote.page})")
     try:
-        download(place, target, fetcher)
+        with alone(target, "downloading"):
+            if not target.is_file():  # else another command was faster
+                print(f"Downloading {place.url} (its terms: {remote.page})")
+                download(place, target, fetcher)
     except FetchError as error:
         raise UserError(
             f"{target} is not there, and {place.url} cannot be downloaded: {error}. Try again, "
@@ -94,6 +104,41 @@ def obtain(raw: Path, remote: Remote, mirror: str | None = None) -> Path:
     finally:
         fetcher.close()
     return target
+
+
+@contextmanager
+def alone(target: Path, doing: str) -> Iterator[None]:
+    """Keeps other commands from making the same file or folder meanwhile.
+
+    Args:
+        target: what is made.
+        doing: what is done to it, for the sentence.
+
+    Raises:
+        UserError: another command is at it.
+    """
+    if fcntl is None:
+        yield
+        return
+    place = target.with_name(f".{target.name}.lock")
+    with place.open("wb") as file:
+        if not _locked(file, place):
+            raise UserError(f"Another command is {doing} {target}: wait for its end, or stop it.")
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)
+
+
+def _locked(file: IO[bytes], place: Path) -> bool:
+    """Takes the lock, unless another has it or its file went away with another's end."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), place.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError:  # a file system without locks
+        return True
 
 
 def download(remote: Remote, target: Path, fetcher: Fetcher) -> None:
@@ -118,24 +163,56 @@ def download(remote: Remote, target: Path, fetcher: Fetcher) -> None:
 
 
 def _go_on(url: str, part: Part, fetcher: Fetcher) -> None:
-    with fetcher.opened(url, part.headers()) as response:
-        if response.status_code == 200:
-            part.begin(response.headers)
-        with (
-            part.path.open("ab") as file,
-            tqdm(
-                desc=part.target.name,
-                total=part.size,
-                initial=part.bytes,
-                unit="B",
-                unit_scale=True,
-                ncols=100,
-            ) as bar,
-        ):
-            for data in fetcher.parts(response):
-                file.write(data)
-                bar.update(len(data))
-    part.is_whole = part.size is None or part.bytes >= part.size
+    """Asks for the rest once.
+
+    Raises:
+        FetchError: it cannot be had.
+        LaterError: nothing came, or what is no rest of what is there, which is then deleted.
+    """
+    from dataset_tools.net import FetchError, LaterError
+
+    try:
+        with fetcher.opened(url, part.headers()) as response:
+            if response.status_code == 200:
+                part.begin(response.headers)
+            elif not part.resume(response.headers):
+                raise _anew(part)
+            before = part.bytes
+            _append(response, part, fetcher)
+    except FetchError as error:
+        if part.bytes and str(error) == _NO_SUCH_RANGE:
+            raise _anew(part) from None
+        raise
+    if not part.is_whole and part.bytes <= before:
+        raise LaterError("nothing more comes")
+
+
+def _anew(part: Part) -> LaterError:
+    from dataset_tools.net import LaterError
+
+    part.discard()
+    return LaterError("the answer does not go on with what was there, so it is begun anew")
+
+
+def _append(response: Any, part: Part, fetcher: Fetcher) -> None:
+    from dataset_tools.net import LaterError
+
+    with (
+        part.path.open("ab") as file,
+        tqdm(
+            desc=part.target.name,
+            total=part.size,
+            initial=part.bytes,
+            unit="B",
+            unit_scale=True,
+            ncols=100,
+        ) as bar,
+    ):
+        for data in fetcher.parts(response):
+            bar.update(file.write(data))
+            if part.size is not None and file.tell() > part.size:
+                raise LaterError(f"more comes than its {part.size:,} bytes")
+    part.has_ended = True
 
 
 class Part:
@@ -148,7 +225,7 @@ class Part:
     Attributes:
         path: where its bytes are.
         size: of the whole, None where the source does not say.
-        is_whole: whether all bytes are there.
+        has_ended: whether an answer came to its end.
     """
 
     def __init__(self, target: Path, url: str) -> None:
@@ -157,10 +234,8 @@ class Part:
         self._about = target.with_name(f"{target.name}.part.json")
         about = self._read()
         self._tag: str = about.get("tag") or ""
-        self.size: int | None = about.get("size")
-        self.is_whole = bool(self._tag) and self.bytes == self.size
-        if not self._tag or (self.size is not None and self.bytes > self.size):
-            self._tag = ""
+        self.size: int | None = about.get("size") if self._tag else None
+        self.has_ended = False
 
     def _read(self) -> dict[str, Any]:
         """What was said of it; nothing where it is another file's, or broken."""
@@ -175,11 +250,26 @@ class Part:
         """That are there."""
         return self.path.stat().st_size if self.path.is_file() else 0
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all bytes are there: as many as the source says, where it says how many."""
+        return self.has_ended if self.size is None else self.bytes == self.size
+
     def headers(self) -> dict[str, str]:
         """Those that ask for the rest, if the file is still the same."""
-        if not self._tag or not self.bytes:
+        is_too_long = self.size is not None and self.bytes > self.size
+        if not self._tag or not self.bytes or is_too_long:
             return {}
         return {"Range": f"bytes={self.bytes}-", "If-Range": self._tag}
+
+    def resume(self, headers: Any) -> bool:
+        """Whether an answer is the rest that was asked for, of the same file."""
+        found = _RANGE.fullmatch(headers.get("Content-Range", "").strip())
+        name = "Last-Modified" if self._tag.endswith("GMT") else "ETag"
+        if not self.headers() or not found or headers.get(name, self._tag) != self._tag:
+            return False
+        self.size = int(found[2]) if self.size is None else self.size
+        return (int(found[1]), int(found[2])) == (self.bytes, self.size)
 
     def begin(self, headers: Any) -> None:
         """Starts anew with what the source now says of the file.
@@ -191,7 +281,7 @@ class Part:
         self._tag = headers.get("Last-Modified", "") if etag.startswith("W/") else etag
         self._tag = self._tag or headers.get("Last-Modified", "")
         length = headers.get("Content-Length", "")
-        self.size = int(length) if length.isdecimal() else None
+        self.size, self.has_ended = int(length) if length.isdecimal() else None, False
         free = shutil.disk_usage(self.path.parent).free
         if self.size is not None and self.size > free:
             raise UserError(
@@ -204,11 +294,20 @@ class Part:
 
     def discard(self) -> None:
         """Forgets everything."""
+        self._tag, self.size, self.has_ended = "", None, False
         self.path.unlink(missing_ok=True)
         self._about.unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Gives the whole file its name."""
+        """Gives the whole file its name.
+
+        Raises:
+            FetchError: it is not whole any more.
+        """
+        if not self.is_whole:
+            from dataset_tools.net import FetchError
+
+            raise FetchError(f"{self.path} was changed meanwhile")
         with self.path.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(self.path, self.target)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,24 @@ REMOTE = Remote("https://files.grouplens.org/data/some.zip", "https://grouplens.
 def shop() -> Iterator[Shop]:
     with open_shop() as shop:
         yield shop
+
+
+def whole_range(start: int, size: int = len(DATA)) -> str:
+    return f"bytes {start}-{size - 1}/{size}"
+
+
+def begun(shop: Shop, folder: Path, data: bytes, size: int | None = len(DATA)) -> Path:
+    """What a kill leaves of `some.zip`."""
+    about = {"url": shop.url("/some.zip"), "tag": '"one"', "size": size}
+    (folder / "some.zip.part.json").write_text(json.dumps(about))
+    (folder / "some.zip.part").write_bytes(data)
+    return folder / "some.zip.part"
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses between tries are short."""
+    monkeypatch.setattr(random, "uniform", lambda low, high: 0.001)
 
 
 class File:
@@ -117,7 +137,8 @@ def test_a_weak_tag_gives_way_to_the_date(shop: Shop, tmp_path: Path) -> None:
         date = "Wed, 01 Jan 2014 00:00:00 GMT"
         if handler.headers.get("If-Range") == date:
             start = int(handler.headers["Range"][6:-1])
-            handler.say(206, DATA[start:], Last_Modified=date)
+            said = {"Last_Modified": date, "Content_Range": whole_range(start)}
+            handler.say(206, DATA[start:], **said)
             return
         handler.send_response(200)
         handler.send_header("ETag", 'W/"x"')
@@ -160,6 +181,112 @@ def test_killed_it_goes_on_where_it_was(shop: Shop, tmp_path: Path) -> None:
     sent = file.sent
     assert obtain(tmp_path, REMOTE, shop.url("")).read_bytes() == DATA
     assert file.sent - sent <= len(DATA) - there + 8192
+
+
+@pytest.mark.usefixtures("hasty")
+def test_answers_without_a_byte_come_to_an_end(shop: Shop, tmp_path: Path) -> None:
+    part = begun(shop, tmp_path, DATA[:5000])
+    asked = shop.asked
+
+    def answer(handler: Handler) -> None:
+        assert asked["/some.zip"] < 50
+        handler.say(206, ETag='"one"', Content_Range=whole_range(5000))
+
+    shop.answers["/some.zip"] = answer
+    with pytest.raises(UserError, match="nothing more comes"):
+        obtain(tmp_path, REMOTE, shop.url(""))
+    assert asked["/some.zip"] == 4
+    assert part.read_bytes() == DATA[:5000]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"Content_Range": whole_range(0)},
+        {"Content_Range": whole_range(4000)},
+        {"Content_Range": whole_range(5000, len(DATA) + 7)},
+        {"Content_Range": f"bytes 5000-{len(DATA) - 1}/*"},
+        {"Content_Range": whole_range(5000), "ETag": '"two"'},
+        {},
+    ],
+)
+@pytest.mark.usefixtures("hasty")
+def test_what_is_not_the_rest_is_never_glued_on(
+    shop: Shop, tmp_path: Path, said: dict[str, str]
+) -> None:
+    begun(shop, tmp_path, DATA[:5000])
+
+    def answer(handler: Handler) -> None:
+        if "Range" in handler.headers:
+            handler.say(206, b"x" * (len(DATA) - 5000), **{"ETag": '"one"', **said})
+        else:
+            handler.say(200, DATA, ETag='"two"')
+
+    shop.answers["/some.zip"] = answer
+    assert obtain(tmp_path, REMOTE, shop.url("")).read_bytes() == DATA
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_rest_that_is_too_long_is_not_taken(shop: Shop, tmp_path: Path) -> None:
+    begun(shop, tmp_path, DATA[:5000])
+
+    def answer(handler: Handler) -> None:
+        if "Range" in handler.headers:
+            said = {"ETag": '"one"', "Content_Range": whole_range(5000)}
+            handler.say(206, DATA[5000:] + b"more", **said)
+        else:
+            handler.say(200, DATA, ETag='"one"')
+
+    shop.answers["/some.zip"] = answer
+    assert obtain(tmp_path, REMOTE, shop.url("")).read_bytes() == DATA
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_size_that_nobody_said_is_learnt_with_the_rest(shop: Shop, tmp_path: Path) -> None:
+    """Answers of 300,000 bytes that end as they should are no whole file."""
+    begun(shop, tmp_path, DATA[:5000], None)
+
+    def answer(handler: Handler) -> None:
+        start = int(handler.headers["Range"][6:-1])
+        data = DATA[start : start + 300_000]
+        place = f"bytes {start}-{start + len(data) - 1}/{len(DATA)}"
+        handler.say(206, data, ETag='"one"', Content_Range=place)
+
+    shop.answers["/some.zip"] = answer
+    assert obtain(tmp_path, REMOTE, shop.url("")).read_bytes() == DATA
+    assert shop.asked["/some.zip"] == 4
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_part_without_a_rest_is_begun_anew(shop: Shop, tmp_path: Path) -> None:
+    """All of it was there when it was killed, and nobody had said how much that is."""
+    begun(shop, tmp_path, DATA, None)
+
+    def answer(handler: Handler) -> None:
+        if "Range" in handler.headers:
+            handler.say(416, ETag='"one"', Content_Range=f"bytes */{len(DATA)}")
+        else:
+            handler.say(200, DATA, ETag='"one"')
+
+    shop.answers["/some.zip"] = answer
+    assert obtain(tmp_path, REMOTE, shop.url("")).read_bytes() == DATA
+    assert [file.name for file in tmp_path.iterdir()] == ["some.zip"]
+
+
+def test_two_commands_do_not_write_one_file(shop: Shop, tmp_path: Path) -> None:
+    file = File(DATA)
+    file.pause_s = 0.01
+    shop.answers["/some.zip"] = file
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(obtain, tmp_path, REMOTE, shop.url(""))
+        while not (tmp_path / "some.zip.part").is_file():
+            time.sleep(0.01)
+        with pytest.raises(UserError, match=r"Another command is downloading .*some\.zip"):
+            obtain(tmp_path, REMOTE, shop.url(""))
+        assert first.result().read_bytes() == DATA
+    assert obtain(tmp_path, REMOTE, shop.url("")).read_bytes() == DATA
+    assert shop.asked["/some.zip"] == 1  # who comes after finds it there
+    assert [file.name for file in tmp_path.iterdir()] == ["some.zip"]
 
 
 def test_the_published_checksum_is_compared(
