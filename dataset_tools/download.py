@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -38,6 +39,8 @@ _MD5 = re.compile(r"\b[0-9a-fA-F]{32}\b")
 _RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})")
 _NO_SUCH_RANGE = "status 416"
 _CHUNK = 1 << 20
+# RuntimeError is a password that is wanted, or a way of packing that Python does not know.
+_BROKEN = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, RuntimeError, EOFError)
 
 
 @dataclass(frozen=True)
@@ -350,25 +353,30 @@ def unpack(archive: Path, folder: Path, wanted: Callable[[str], bool], most: int
         most: bytes of one file at most; a larger one is left out.
 
     Raises:
-        UserError: the archive is broken.
+        UserError: the archive is broken or wants a password.
     """
+    left_out = 0
     try:
         with zipfile.ZipFile(archive) as packed:
             members = {PurePosixPath(info.filename).name: info for info in packed.infolist()}
             members = {name: info for name, info in members.items() if _is_plain(name)}
             for name, info in tqdm(members.items(), desc=archive.name, unit="file", ncols=100):
                 if wanted(name) and not info.is_dir():
-                    _unpack_one(packed, info, folder / name, most)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError) as error:
-        raise UserError(f"{archive} cannot be unpacked ({error}); download it again.") from None
+                    left_out += not _unpack_one(packed, info, folder / name, most)
+    except _BROKEN as error:
+        raise UserError(
+            f"{archive} cannot be unpacked ({error}): delete {archive} and give the command again."
+        ) from None
+    if left_out:
+        print(f"{archive.name}: files left out, larger than {most:,} bytes: {left_out:,}")
 
 
 def _is_plain(name: str) -> bool:
     return bool(name) and not name.startswith(".") and not set(name) & set("\\/:\0")
 
 
-def _unpack_one(packed: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, most: int) -> None:
-    """The size is what comes, not what the archive says of it."""
+def _unpack_one(packed: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, most: int) -> bool:
+    """Whether it is small enough: the size is what comes, not what the archive says of it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     left = most
@@ -381,3 +389,4 @@ def _unpack_one(packed: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, mo
             os.replace(fresh, target)
     finally:
         fresh.unlink(missing_ok=True)
+    return left >= 0

@@ -72,7 +72,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(
                 f"{path} cannot be unpacked ({error}): it was cut off or is no gzip file; "
-                "download it again."
+                f"delete {path} and give the command again."
             ) from None
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None

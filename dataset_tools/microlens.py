@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dataset_tools.download import Remote, obtain, unpack
+from dataset_tools.download import Remote, alone, obtain, unpack
 from dataset_tools.events import Events
 from dataset_tools.lines import text_lines
 from dataset_tools.raw import Plan, add_flags, pictures_by_id, raw_file
@@ -69,16 +71,44 @@ def _remote(arguments: argparse.Namespace, name: str) -> Remote:
 
 
 def _covers(arguments: argparse.Namespace) -> Path:
-    """The folder of covers, which may be missing where nothing is to be downloaded."""
+    """The folder of covers, which may be missing where nothing is to be downloaded.
+
+    Raises:
+        UserError: they could not be had.
+    """
     folder = Path(arguments.raw_dir) / _COVERS.format(arguments.variant)
     if folder.is_dir():
         return folder
     archive = folder.with_name(f"{folder.name}.zip")
     if not archive.is_file() and arguments.download:
-        obtain(archive.parent, _remote(arguments, archive.name), arguments.mirror)
+        _fetch_covers(arguments, archive)
     if archive.is_file():
-        unpack(archive, folder, lambda name: name.endswith(".jpg"), MAX_BYTES)
+        with alone(folder, "unpacking"):
+            if not folder.is_dir():  # else another command was faster
+                _unpack_covers(archive, folder)
     return folder
+
+
+def _fetch_covers(arguments: argparse.Namespace, archive: Path) -> None:
+    try:
+        obtain(archive.parent, _remote(arguments, archive.name), arguments.mirror)
+    except UserError as error:
+        raise UserError(
+            f"{error} To go on without covers, give --no-images, or --no-download, which takes "
+            "what is there."
+        ) from None
+
+
+def _unpack_covers(archive: Path, folder: Path) -> None:
+    """The folder takes its name once all are in it."""
+    fresh = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed
+    fresh.mkdir()
+    try:
+        unpack(archive, fresh, lambda name: name.endswith(".jpg"), MAX_BYTES)
+        os.replace(fresh, folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def read_pairs(path: Path, bad: Counter[str], limit: int = 0) -> Events:

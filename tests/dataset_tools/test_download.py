@@ -354,10 +354,15 @@ def test_files_are_unpacked_flat_and_nowhere_else(tmp_path: Path) -> None:
     assert (folder / "ratings.dat").read_bytes() == b"1::2"
 
 
-def test_a_bomb_in_an_archive_is_left_out(tmp_path: Path) -> None:
+def test_a_bomb_in_an_archive_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     archive = packed(tmp_path / "a.zip", {"bomb": b"\0" * 10_000_000, "fine": b"1"})
     unpack(archive, tmp_path / "raw", lambda name: True, 1_000_000)
     assert [path.name for path in (tmp_path / "raw").iterdir()] == ["fine"]
+    assert capsys.readouterr().out == "a.zip: files left out, larger than 1,000,000 bytes: 1\n"
+    unpack(archive, tmp_path / "raw", lambda name: name == "fine", 1_000_000)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_broken_archive_is_one_sentence(tmp_path: Path) -> None:
@@ -368,5 +373,20 @@ def test_a_broken_archive_is_one_sentence(tmp_path: Path) -> None:
     changed = out.getvalue().replace(b"content", b"kontent", 1)
     (tmp_path / "changed.zip").write_bytes(changed)
     for name in ("cut.zip", "changed.zip"):
-        with pytest.raises(UserError, match=f"{name} cannot be unpacked"):
+        with pytest.raises(
+            UserError, match=rf"{name} cannot be unpacked .*delete .*{name} and give"
+        ):
             unpack(tmp_path / name, tmp_path / "raw", lambda name: True, 100)
+
+
+def test_what_is_no_deflated_data_or_wants_a_password_is_one_sentence(tmp_path: Path) -> None:
+    whole = packed(tmp_path / "a.zip", {"a": bytes(range(256)) * 9}).read_bytes()
+    garbage = whole[:31] + b"\xff" * 20 + whole[51:]  # after a header of 30 bytes and the name
+    central = whole.index(b"PK\1\2")
+    secret = bytearray(whole)
+    secret[6] |= 1
+    secret[central + 8] |= 1
+    for data in (garbage, secret):
+        (tmp_path / "a.zip").write_bytes(data)
+        with pytest.raises(UserError, match=r"a\.zip cannot be unpacked"):
+            unpack(tmp_path / "a.zip", tmp_path / "raw", lambda name: True, 10_000)
