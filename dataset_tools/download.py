@@ -91,7 +91,8 @@ def obtain(raw: Path, remote: Remote, mirror: str | None = None) -> Path:
         ) from None
     place = remote.at(mirror) if mirror else remote
     hosts = {*HOSTS, urlsplit(place.url).hostname or ""}
-    fetcher = Fetcher(Guard(frozenset(hosts), allow_local=bool(mirror)), timeout_s=60)
+    guard = Guard(frozenset(hosts), allow_local=bool(mirror) and _is_local(place.url))
+    fetcher = Fetcher(guard, timeout_s=60)
     target = raw / remote.name
     raw.mkdir(parents=True, exist_ok=True)
     try:
@@ -107,6 +108,20 @@ def obtain(raw: Path, remote: Remote, mirror: str | None = None) -> Path:
     finally:
         fetcher.close()
     return target
+
+
+def _is_local(url: str) -> bool:
+    """Whether an address is one of this machine or of a private network."""
+    import httpx2
+
+    from dataset_tools.net import FetchError, Guard, LaterError
+
+    host = urlsplit(url).hostname or ""
+    try:
+        Guard(frozenset({host})).addresses(httpx2.URL(scheme="https", host=host))
+    except FetchError as error:
+        return bool(host) and not isinstance(error, LaterError)
+    return False
 
 
 @contextmanager
@@ -329,18 +344,33 @@ class _About:
 def _check_md5(remote: Remote, part: Part, fetcher: Fetcher) -> None:
     from dataset_tools.net import FetchError
 
-    if not remote.md5_url:
-        return
-    published = _MD5.search(fetcher.read(remote.md5_url, 10_000).decode("utf-8", "replace"))
+    published = _published(remote.md5_url, fetcher) if remote.md5_url else None
     if published is None:
-        raise FetchError(f"there is no checksum in {remote.md5_url}")
+        return
     digest = hashlib.md5(usedforsecurity=False)
     with part.path.open("rb") as file:
         while data := file.read(_CHUNK):
             digest.update(data)
-    if digest.hexdigest() != published.group().lower():
+    if digest.hexdigest() != published:
         part.discard()
         raise FetchError("its checksum is not the one that the source publishes, so it was deleted")
+
+
+def _published(url: str, fetcher: Fetcher) -> str | None:
+    """The checksum at an address; None where there is no such address."""
+    from dataset_tools.net import FetchError
+
+    try:
+        text = fetcher.read(url, 10_000).decode("utf-8", "replace")
+    except FetchError as error:
+        if error.gone and str(error).startswith("status"):
+            print(f"No checksum is published at {url}: only size and ETag are compared.")
+            return None
+        raise FetchError(f"its checksum {url} cannot be read ({error})") from None
+    found = _MD5.search(text)
+    if found is None:
+        raise FetchError(f"there is no checksum in {url}")
+    return found.group().lower()
 
 
 def unpack(archive: Path, folder: Path, wanted: Callable[[str], bool], most: int) -> None:

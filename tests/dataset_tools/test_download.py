@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,9 +17,11 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dataset_tools import download
 from dataset_tools.download import Remote, obtain, unpack
 from recbole_mm.errors import UserError
 from tests.dataset_tools.shop_server import Handler, Shop, open_shop, says
@@ -304,6 +307,63 @@ def test_the_published_checksum_is_compared(
     shop.answers["/some.zip.md5"] = b"<html>"
     with pytest.raises(UserError, match="no checksum in"):
         obtain(tmp_path / "none", remote, shop.url(""))
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_a_checksum_that_nobody_publishes_stops_nothing(
+    shop: Shop, tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int
+) -> None:
+    remote = Remote(REMOTE.url, REMOTE.page, f"{REMOTE.url}.md5")
+    shop.answers = {"/some.zip": File(DATA), "/some.zip.md5": says(status)}
+    assert obtain(tmp_path, remote, shop.url("")).read_bytes() == DATA
+    assert "No checksum is published at http://127.0.0.1" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_checksum_that_fails_is_named_and_the_file_stays(shop: Shop, tmp_path: Path) -> None:
+    remote = Remote(REMOTE.url, REMOTE.page, f"{REMOTE.url}.md5")
+    shop.answers["/some.zip"] = File(DATA)
+    for answer in (says(500), says(403), says(200, b" " * 10_001)):
+        shop.answers["/some.zip.md5"] = answer
+        with pytest.raises(UserError, match=r"checksum http\S+/some\.zip\.md5 cannot be read"):
+            obtain(tmp_path, remote, shop.url(""))
+        assert (tmp_path / "some.zip.part").read_bytes() == DATA
+    shop.answers["/some.zip.md5"] = hashlib.md5(DATA).hexdigest().encode()
+    assert obtain(tmp_path, remote, shop.url("")).read_bytes() == DATA
+    assert shop.asked["/some.zip"] == 1
+
+
+def resolves(patch: pytest.MonkeyPatch, *answers: str) -> None:
+    """Every name has these addresses, one after the other; the last one stays."""
+    left = list(answers)
+
+    def found(host: str, port: int, **more: object) -> list[Any]:
+        if not left[0]:
+            raise OSError("unknown")
+        return [(2, 1, 6, "", (left.pop(0) if len(left) > 1 else left[0], port))]
+
+    patch.setattr(socket, "getaddrinfo", found)
+
+
+@pytest.mark.parametrize(
+    ("address", "is_local"),
+    [("127.0.0.1", True), ("10.0.0.7", True), ("::1", True), ("8.8.8.8", False), ("", False)],
+)
+def test_a_mirror_is_local_where_its_host_is(
+    monkeypatch: pytest.MonkeyPatch, address: str, is_local: bool
+) -> None:
+    resolves(monkeypatch, address)
+    assert download._is_local("https://mirror.example/some.zip") == is_local
+    assert not download._is_local("mirror/some.zip")
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_public_mirror_leads_into_no_private_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolves(monkeypatch, "8.8.8.8", "127.0.0.1")
+    with pytest.raises(UserError, match=r"mirror\.example lies in a private network"):
+        obtain(tmp_path, REMOTE, "https://mirror.example/")
 
 
 def test_what_cannot_be_had_is_one_sentence(shop: Shop, tmp_path: Path) -> None:
