@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dataset_tools.download import Remote, alone, obtain, unpack
 from dataset_tools.events import Events
-from dataset_tools.lines import text_lines
+from dataset_tools.lines import END_OF_TIME, text_lines
 from dataset_tools.raw import Plan, add_flags, pictures_by_id, raw_file
 from dataset_tools.shelf import Shelf
 from recbole_mm.data.atomic import IMAGE
@@ -28,6 +28,7 @@ from recbole_mm.data.images import MAX_BYTES
 from recbole_mm.errors import UserError
 
 TEXTS = ("title",)
+_MOST_DIGITS = 100  # of a time; more are not even read
 SOURCE = "https://github.com/westlake-repl/MicroLens"
 _FILES = "https://recsys.westlake.edu.cn/MicroLens-{}-Dataset"
 VARIANTS = ("50k", "100k", "1M")
@@ -130,10 +131,14 @@ def read_pairs(path: Path, bad: Counter[str], limit: int = 0) -> Events:
 def _with_times(path: Path, bad: Counter[str]) -> Iterator[tuple[str, str, int]]:
     """`user,item,timestamp`, with a header."""
     for number, cells in enumerate(_rows(path)):
-        if len(cells) >= 3 and cells[0] and cells[1] and cells[2].isdecimal():
+        if len(cells) >= 3 and cells[0] and cells[1] and _is_time(cells[2]):
             yield cells[0], cells[1], int(cells[2])
         elif number:  # the first is the header
             bad["pairs that cannot be read"] += 1
+
+
+def _is_time(cell: str) -> bool:
+    return cell.isdecimal() and len(cell) < _MOST_DIGITS and int(cell) < END_OF_TIME
 
 
 def _in_order(path: Path) -> Iterator[tuple[str, str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
 from pathlib import Path
 
@@ -146,6 +147,15 @@ def test_ratings_that_are_missing_leave_the_column_out(tmp_path: Path) -> None:
     assert make(raw, tmp_path, "amazon2014", "Beauty", "--min_inter=1") == 0
     header, _ = read_table(tmp_path / "amazon-beauty" / "amazon-beauty.inter")
     assert [name for name, _ in header] == ["user_id", "item_id", "timestamp"]
+
+
+@pytest.mark.parametrize("overall", ["1e39", "-1e39", "1" + "0" * 400, "1e999", "NaN"])
+def test_ratings_that_nothing_holds_are_not_known(tmp_path: Path, overall: str) -> None:
+    odd = json.dumps(review("u1", "b", 2)).replace('"overall": 5.0', f'"overall": {overall}')
+    pack(tmp_path / "raw" / "reviews_Beauty_5.json.gz", [review("u1", "a", 1), odd])
+    pack(tmp_path / "raw" / "meta_Beauty.json.gz", [])
+    assert make(tmp_path / "raw", tmp_path, "amazon2014", "Beauty", "--min_inter=1") == 0
+    assert interactions(tmp_path / "amazon-beauty")[1] == ["u1", "b", str(2 * DAY)]
 
 
 def test_ratings_are_written_as_they_came(tmp_path: Path) -> None:

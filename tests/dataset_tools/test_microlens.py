@@ -86,12 +86,13 @@ def test_lines_that_cannot_be_read_are_counted(
 ) -> None:
     with (raw / "MicroLens-50k_pairs.csv").open("a") as file:
         file.write("1,2\n,2,3\n1,,3\n1,2,soon\n\n")
+        file.write(f"7,11,{1 << 64}\n7,11,{'9' * 5000}\n")
     with (raw / "MicroLens-50k_titles.csv").open("a") as file:
         file.write("alone\n")
     assert make(raw, tmp_path / "out") == 0
     said = capsys.readouterr().out
     assert "interactions: 3" in said
-    assert "left out, pairs that cannot be read: 4" in said
+    assert "left out, pairs that cannot be read: 6" in said
     assert "left out, titles that cannot be read: 1" in said
 
 
