@@ -43,6 +43,10 @@ _CHUNK = 1 << 20
 _BROKEN = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, RuntimeError, EOFError)
 
 
+class GoneError(UserError):
+    """There is no such file at its source."""
+
+
 @dataclass(frozen=True)
 class Remote:
     """A file at its source.
@@ -80,7 +84,8 @@ def obtain(raw: Path, remote: Remote, mirror: str | None = None) -> Path:
         Where it is now.
 
     Raises:
-        UserError: it could not be had; what is there of it stays.
+        GoneError: the source has none.
+        UserError: it could not be had for another reason; what is there of it stays.
     """
     try:
         from dataset_tools.net import Fetcher, FetchError, Guard
@@ -101,7 +106,8 @@ def obtain(raw: Path, remote: Remote, mirror: str | None = None) -> Path:
                 print(f"Downloading {place.url} (its terms: {remote.page})")
                 download(place, target, fetcher)
     except FetchError as error:
-        raise UserError(
+        kind = GoneError if error.gone else UserError
+        raise kind(
             f"{target} is not there, and {place.url} cannot be downloaded: {error}. Try again, "
             f"which goes on where it stopped, or put the file there yourself; see {remote.page}."
         ) from None

@@ -16,9 +16,10 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from dataset_tools.download import Remote, alone, obtain, unpack
+from dataset_tools.download import GoneError, Remote, alone, obtain, unpack
 from dataset_tools.events import Events
 from dataset_tools.lines import END_OF_TIME, text_lines
 from dataset_tools.raw import Plan, add_flags, pictures_by_id, raw_file
@@ -63,8 +64,12 @@ def run(arguments: argparse.Namespace) -> str:
 
 
 def _file(arguments: argparse.Namespace, patterns: Sequence[str]) -> Path:
+    """The first of these files that is there, else the first that the source has."""
     names = [pattern.format(arguments.variant) for pattern in patterns]
-    return raw_file(arguments, names, _remote(arguments, names[0]))
+    for name in names[:-1]:
+        with suppress(GoneError):
+            return raw_file(arguments, names, _remote(arguments, name))
+    return raw_file(arguments, names, _remote(arguments, names[-1]))
 
 
 def _remote(arguments: argparse.Namespace, name: str) -> Remote:
@@ -130,10 +135,11 @@ def read_pairs(path: Path, bad: Counter[str], limit: int = 0) -> Events:
 
 def _with_times(path: Path, bad: Counter[str]) -> Iterator[tuple[str, str, int]]:
     """`user,item,timestamp`, with a header."""
-    for number, cells in enumerate(_rows(path)):
+    for number, line in enumerate(text_lines(path)):
+        cells = _cells(line) or []
         if len(cells) >= 3 and cells[0] and cells[1] and _is_time(cells[2]):
             yield cells[0], cells[1], int(cells[2])
-        elif number:  # the first is the header
+        elif number and line.strip():  # the first is the header
             bad["pairs that cannot be read"] += 1
 
 
@@ -152,17 +158,29 @@ def _in_order(path: Path) -> Iterator[tuple[str, str, int]]:
 def read_titles(path: Path, wanted: Mapping[str, int], shelf: Shelf, bad: Counter[str]) -> None:
     """`item,title` of the wanted items goes on the shelf.
 
-    A title with commas that nobody quoted is put together again.
+    A title with commas that nobody quoted is put together again; where quotes do not close on
+    their line, they are part of the title.
     """
-    for cells in _rows(path):
+    odd = 0
+    for line in filter(str.strip, text_lines(path)):
+        cells = _cells(line)
+        if cells is None:
+            odd += 1
+            cells = line.split(",", 1)
         if len(cells) < 2:
             bad["titles that cannot be read"] += 1
         elif cells[0] in wanted:
             shelf.put(wanted[cells[0]], [",".join(cells[1:]).strip() or None])
+    if odd:
+        print(f"{path.name}: lines whose quotes do not close, taken as they are: {odd:,}")
 
 
-def _rows(path: Path) -> Iterator[list[str]]:
+def _cells(line: str) -> list[str] | None:
+    """The cells of one line; None where its quotes do not close."""
+    line = line.rstrip("\n")
+    if '"' not in line:
+        return line.split(",")
     try:
-        yield from filter(None, csv.reader(text_lines(path)))
-    except csv.Error as error:
-        raise UserError(f"{path}: {error}.") from None
+        return next(csv.reader([line], strict=True))
+    except csv.Error:
+        return None

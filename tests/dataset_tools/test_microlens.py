@@ -74,11 +74,46 @@ def test_sequences_where_there_are_no_times(raw: Path, tmp_path: Path) -> None:
 
 def test_breaks_and_bytes_that_titles_should_not_have(raw: Path, tmp_path: Path) -> None:
     """A carriage return is a space, lines of Windows are lines, Latin-1 is read as such."""
-    titles = b'item,title\r\n11,Rice\rcake\r\n12,"Duck\r\nfoot \xe9"\r\n'
+    titles = b'item,title\r\n11,Rice\rcake\r\n12,"Duck, foot \xe9"\r\n'
     (raw / "MicroLens-50k_titles.csv").write_bytes(titles)
     assert make(raw, tmp_path / "out") == 0
     _, texts = read_text(tmp_path / "out" / "microlens-50k" / "microlens-50k.text")
-    assert dict(texts) == {"11": ["Rice cake"], "12": ["Duck\nfoot é"]}
+    assert dict(texts) == {"11": ["Rice cake"], "12": ["Duck, foot é"]}
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ('"Rice, again"', "Rice, again"),
+        ('"Rice, ""again"""', 'Rice, "again"'),
+        ('"Rice, again', '"Rice, again'),
+        ('"Best" rice, again', '"Best" rice, again'),
+        ('Rice "again, and', 'Rice "again, and'),
+        ('Rice,"again', 'Rice,"again'),
+        ('"' + "x" * 200_000, '"' + "x" * 200_000),
+    ],
+)
+def test_a_quote_that_does_not_close_swallows_no_line(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], written: str, read: str
+) -> None:
+    (raw / "MicroLens-50k_titles.csv").write_text(f"item,title\n11,{written}\n\n12,Duck\n")
+    assert make(raw, tmp_path / "out") == 0
+    _, texts = read_text(tmp_path / "out" / "microlens-50k" / "microlens-50k.text")
+    assert dict(texts) == {"11": [read], "12": ["Duck"]}
+    said = capsys.readouterr().out
+    is_odd = read == written and not written.startswith('Rice "')
+    assert ("lines whose quotes do not close, taken as they are: 1" in said) == is_odd
+    assert "left out" not in said
+
+
+def test_a_quote_among_the_pairs_costs_its_line_only(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = PAIRS.splitlines()
+    (raw / "MicroLens-50k_pairs.csv").write_text("\n".join([rows[0], '"7,1,2', *rows[1:]]))
+    assert make(raw, tmp_path / "out") == 0
+    assert len(interactions(tmp_path / "out" / "microlens-50k")) == 3
+    assert "left out, pairs that cannot be read: 1" in capsys.readouterr().out
 
 
 def test_lines_that_cannot_be_read_are_counted(
