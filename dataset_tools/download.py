@@ -122,11 +122,13 @@ def _is_local(url: str) -> bool:
 
     from dataset_tools.net import FetchError, Guard, LaterError
 
-    host = urlsplit(url).hostname or ""
     try:
-        Guard(frozenset({host})).addresses(httpx2.URL(scheme="https", host=host))
+        plain = httpx2.URL(scheme="https", host=httpx2.URL(url).host)
+        Guard(frozenset({plain.host})).addresses(plain)  # known, so all it can mind is where it is
     except FetchError as error:
-        return bool(host) and not isinstance(error, LaterError)
+        return bool(plain.host) and not isinstance(error, LaterError)
+    except httpx2.InvalidURL:
+        pass
     return False
 
 

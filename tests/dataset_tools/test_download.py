@@ -353,8 +353,15 @@ def test_a_mirror_is_local_where_its_host_is(
     monkeypatch: pytest.MonkeyPatch, address: str, is_local: bool
 ) -> None:
     resolves(monkeypatch, address)
-    assert download._is_local("https://mirror.example/some.zip") == is_local
-    assert not download._is_local("mirror/some.zip")
+    for place in (
+        "mirror.example",
+        "MIRROR.example:8080",
+        "m%69rror.example",
+        "me@b\xfccher.example",
+    ):
+        assert download._is_local(f"https://{place}/some.zip") == is_local
+    for broken in ("mirror/some.zip", "https:///some.zip", "https://a:b/some.zip"):
+        assert not download._is_local(broken)
 
 
 @pytest.mark.usefixtures("hasty")
