@@ -20,7 +20,7 @@ from typing import Any
 from dataset_tools.amazon_releases import TEXTS, Release, dataset_name
 from dataset_tools.download import Remote
 from dataset_tools.events import Events
-from dataset_tools.lines import records
+from dataset_tools.lines import END_OF_TIME, LARGEST, records
 from dataset_tools.raw import Plan, add_flags, raw_file
 from dataset_tools.shelf import Shelf
 from recbole_mm.data.atomic import is_address
@@ -109,11 +109,11 @@ def _id(value: Any) -> str | None:
 
 def _time(value: Any) -> int | None:
     is_number = isinstance(value, int) and not isinstance(value, bool)
-    return value if is_number and 0 <= value < 1 << 62 else None
+    return value if is_number and 0 <= value < END_OF_TIME else None
 
 
 def _rating(value: Any) -> float:
-    is_number = isinstance(value, int | float) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and abs(value) <= LARGEST
     return float(value) if is_number else math.nan
 
 

@@ -20,6 +20,8 @@ from tqdm import tqdm
 from recbole_mm.errors import UserError
 
 LONGEST_LINE = 1 << 20  # bytes; a product's record has some thousand
+END_OF_TIME = 1 << 62  # what 64 bits hold, with room
+LARGEST = 3.4028234e38  # what 32 bits of a rating hold
 _MOST_TIMES = 200  # unpacked bytes a packed one: text has ten, a bomb a thousand
 _FREE = 1 << 22  # unpacked bytes before that counts
 _STEP = 1 << 16  # unpacked bytes between two looks at the bar
@@ -72,7 +74,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(
                 f"{path} cannot be unpacked ({error}): it was cut off or is no gzip file; "
-                "download it again."
+                f"delete {path} and give the command again."
             ) from None
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None

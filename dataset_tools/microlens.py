@@ -12,13 +12,16 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from dataset_tools.download import Remote, obtain, unpack
+from dataset_tools.download import GoneError, Remote, alone, obtain, unpack
 from dataset_tools.events import Events
-from dataset_tools.lines import text_lines
+from dataset_tools.lines import END_OF_TIME, text_lines
 from dataset_tools.raw import Plan, add_flags, pictures_by_id, raw_file
 from dataset_tools.shelf import Shelf
 from recbole_mm.data.atomic import IMAGE
@@ -26,6 +29,7 @@ from recbole_mm.data.images import MAX_BYTES
 from recbole_mm.errors import UserError
 
 TEXTS = ("title",)
+_MOST_DIGITS = 100  # of a time; more are not even read
 SOURCE = "https://github.com/westlake-repl/MicroLens"
 _FILES = "https://recsys.westlake.edu.cn/MicroLens-{}-Dataset"
 VARIANTS = ("50k", "100k", "1M")
@@ -60,8 +64,12 @@ def run(arguments: argparse.Namespace) -> str:
 
 
 def _file(arguments: argparse.Namespace, patterns: Sequence[str]) -> Path:
+    """The first of these files that is there, else the first that the source has."""
     names = [pattern.format(arguments.variant) for pattern in patterns]
-    return raw_file(arguments, names, _remote(arguments, names[0]))
+    for name in names[:-1]:
+        with suppress(GoneError):
+            return raw_file(arguments, names, _remote(arguments, name))
+    return raw_file(arguments, names, _remote(arguments, names[-1]))
 
 
 def _remote(arguments: argparse.Namespace, name: str) -> Remote:
@@ -69,16 +77,44 @@ def _remote(arguments: argparse.Namespace, name: str) -> Remote:
 
 
 def _covers(arguments: argparse.Namespace) -> Path:
-    """The folder of covers, which may be missing where nothing is to be downloaded."""
+    """The folder of covers, which may be missing where nothing is to be downloaded.
+
+    Raises:
+        UserError: they could not be had.
+    """
     folder = Path(arguments.raw_dir) / _COVERS.format(arguments.variant)
     if folder.is_dir():
         return folder
     archive = folder.with_name(f"{folder.name}.zip")
     if not archive.is_file() and arguments.download:
-        obtain(archive.parent, _remote(arguments, archive.name), arguments.mirror)
+        _fetch_covers(arguments, archive)
     if archive.is_file():
-        unpack(archive, folder, lambda name: name.endswith(".jpg"), MAX_BYTES)
+        with alone(folder, "unpacking"):
+            if not folder.is_dir():  # else another command was faster
+                _unpack_covers(archive, folder)
     return folder
+
+
+def _fetch_covers(arguments: argparse.Namespace, archive: Path) -> None:
+    try:
+        obtain(archive.parent, _remote(arguments, archive.name), arguments.mirror)
+    except UserError as error:
+        raise UserError(
+            f"{error} To go on without covers, give --no-images, or --no-download, which takes "
+            "what is there."
+        ) from None
+
+
+def _unpack_covers(archive: Path, folder: Path) -> None:
+    """The folder takes its name once all are in it."""
+    fresh = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed
+    fresh.mkdir()
+    try:
+        unpack(archive, fresh, lambda name: name.endswith(".jpg"), MAX_BYTES)
+        os.replace(fresh, folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def read_pairs(path: Path, bad: Counter[str], limit: int = 0) -> Events:
@@ -99,11 +135,16 @@ def read_pairs(path: Path, bad: Counter[str], limit: int = 0) -> Events:
 
 def _with_times(path: Path, bad: Counter[str]) -> Iterator[tuple[str, str, int]]:
     """`user,item,timestamp`, with a header."""
-    for number, cells in enumerate(_rows(path)):
-        if len(cells) >= 3 and cells[0] and cells[1] and cells[2].isdecimal():
+    for number, line in enumerate(text_lines(path)):
+        cells = _cells(line) or []
+        if len(cells) >= 3 and cells[0] and cells[1] and _is_time(cells[2]):
             yield cells[0], cells[1], int(cells[2])
-        elif number:  # the first is the header
+        elif number and line.strip():  # the first is the header
             bad["pairs that cannot be read"] += 1
+
+
+def _is_time(cell: str) -> bool:
+    return cell.isdecimal() and len(cell) < _MOST_DIGITS and int(cell) < END_OF_TIME
 
 
 def _in_order(path: Path) -> Iterator[tuple[str, str, int]]:
@@ -117,17 +158,29 @@ def _in_order(path: Path) -> Iterator[tuple[str, str, int]]:
 def read_titles(path: Path, wanted: Mapping[str, int], shelf: Shelf, bad: Counter[str]) -> None:
     """`item,title` of the wanted items goes on the shelf.
 
-    A title with commas that nobody quoted is put together again.
+    A title with commas that nobody quoted is put together again; where quotes do not close on
+    their line, they are part of the title.
     """
-    for cells in _rows(path):
+    odd = 0
+    for line in filter(str.strip, text_lines(path)):
+        cells = _cells(line)
+        if cells is None:
+            odd += 1
+            cells = line.split(",", 1)
         if len(cells) < 2:
             bad["titles that cannot be read"] += 1
         elif cells[0] in wanted:
             shelf.put(wanted[cells[0]], [",".join(cells[1:]).strip() or None])
+    if odd:
+        print(f"{path.name}: lines whose quotes do not close, taken as they are: {odd:,}")
 
 
-def _rows(path: Path) -> Iterator[list[str]]:
+def _cells(line: str) -> list[str] | None:
+    """The cells of one line; None where its quotes do not close."""
+    line = line.rstrip("\n")
+    if '"' not in line:
+        return line.split(",")
     try:
-        yield from filter(None, csv.reader(text_lines(path)))
-    except csv.Error as error:
-        raise UserError(f"{path}: {error}.") from None
+        return next(csv.reader([line], strict=True))
+    except csv.Error:
+        return None

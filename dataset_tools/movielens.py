@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from dataset_tools.download import Remote
 from dataset_tools.events import Events
-from dataset_tools.lines import text_lines
+from dataset_tools.lines import END_OF_TIME, LARGEST, text_lines
 from dataset_tools.raw import Plan, add_flags, pictures_by_id, raw_file
 from dataset_tools.shelf import Shelf
 from recbole_mm.errors import UserError
@@ -145,7 +144,8 @@ def read_ratings(path: Path, variant: Variant, bad: Counter[str], limit: int = 0
         except ValueError:
             bad["ratings that cannot be read"] += 1
             continue
-        if not user or not item or not math.isfinite(stars) or when < 0:
+        is_known = abs(stars) <= LARGEST and 0 <= when < END_OF_TIME
+        if not user or not item or not is_known:
             bad["ratings that cannot be read"] += 1
             continue
         events.add(user, item, when, stars)

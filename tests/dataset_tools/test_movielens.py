@@ -97,6 +97,7 @@ def test_lines_that_cannot_be_read_are_counted(
 ) -> None:
     files_1m(tmp_path)
     broken = ["", "1::2", "1::2::x::3", "1::2::nan::3", "1::2::3::-4", "::2::3::4", "1::2::3::4.5"]
+    broken += [f"1::2::3::{1 << 64}", f"1::2::3::{'9' * 5000}", "1::2::1e39::4", "1::2::inf::4"]
     with (tmp_path / "ratings.dat").open("a") as file:
         file.write("\n".join(broken) + "\n")
     with (tmp_path / "movies.dat").open("a") as file:
@@ -104,7 +105,7 @@ def test_lines_that_cannot_be_read_are_counted(
     assert make(tmp_path, tmp_path / "out", "1m") == 0
     assert len(interactions(tmp_path / "out" / "ml-1m")) == 2
     said = capsys.readouterr().out
-    assert "left out, ratings that cannot be read: 6" in said
+    assert "left out, ratings that cannot be read: 10" in said
     assert "left out, movies that cannot be read: 1" in said
 
 

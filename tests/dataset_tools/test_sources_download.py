@@ -101,6 +101,18 @@ def test_microlens_with_covers(shop: Shop, tmp_path: Path) -> None:
     assert set(shop.asked.values()) == {1}
 
 
+def test_microlens_under_other_names(
+    shop: Shop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shop.answers = {"/MicroLens-100k_pairs.tsv": b"1\t7 8\n"}
+    words = ("microlens", "--variant=100k", "--no-images")
+    assert make(shop, tmp_path, *words) == 1
+    assert "MicroLens-100k_title.csv cannot be downloaded: status 404" in capsys.readouterr().err
+    shop.answers["/MicroLens-100k_title_en.csv"] = b"item,title\n7,Seven\n8,Eight\n"
+    assert make(shop, tmp_path, *words) == 0
+    assert interactions(tmp_path / "dataset" / "microlens-100k") == 2
+
+
 def test_what_is_nowhere_is_one_sentence(
     shop: Shop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
