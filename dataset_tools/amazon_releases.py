@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from recbole_mm.errors import UserError
 
 TEXTS = ("title", "price", "brand", "categories", "description")
-SHORT = {  # names of datasets that papers use, where they are not the category's first word
-    "Clothing_Shoes_and_Jewelry": "clothing",
-    "Sports_and_Outdoors": "sports",
-    "Toys_and_Games": "toys",
-    "Grocery_and_Gourmet_Food": "grocery",
-    "Arts_Crafts_and_Sewing": "arts",
-    "Cell_Phones_and_Accessories": "phones",
-    "Video_Games": "games",
-    "Baby_Products": "baby",
+SHORT = {  # short names of categories, by which papers call their datasets
+    "clothing": "Clothing_Shoes_and_Jewelry",
+    "sports": "Sports_and_Outdoors",
+    "toys": "Toys_and_Games",
+    "grocery": "Grocery_and_Gourmet_Food",
+    "arts": "Arts_Crafts_and_Sewing",
+    "phones": "Cell_Phones_and_Accessories",
+    "games": "Video_Games",
+    "baby": "Baby_Products",
+    "fashion": "Amazon_Fashion",
 }
+_BEAUTY = {"All_Beauty": "beauty"}  # in names of datasets only: Beauty is itself a category of 2014
 Pictures = Callable[[Mapping[str, Any]], Iterator[Sequence[Any]]]
 
 
@@ -37,6 +39,7 @@ class Release:
         units: of its times in a second.
         texts: field of a product for each of `TEXTS`.
         pictures: of a product's record, each picture's addresses, the best first.
+        own: categories of `SHORT` that it calls otherwise.
     """
 
     name: str
@@ -48,18 +51,36 @@ class Release:
     units: int
     texts: Mapping[str, str]
     pictures: Pictures
+    own: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def short(self) -> dict[str, str]:
+        """Its categories that have a short name, by that."""
+        return {**SHORT, **self.own}
+
+
+def category_of(release: Release, given: str) -> str:
+    """The source's category of a short name, in any case; any other name as it was given."""
+    short = release.short
+    return {**{name.lower(): name for name in short.values()}, **short}.get(given.lower(), given)
 
 
 def dataset_name(release: Release, category: str) -> str:
     """`amazon-beauty` for the release of 2014, which the papers mean; `amazon2018-beauty`.
 
+    Categories without a short name have their whole one in it, so that no two make the same.
+
     Raises:
         UserError: the category is no name.
     """
     if not category.replace("_", "").isalnum() or not category.isascii():
-        raise UserError(f"--category '{category}': write it as the source does, as Video_Games.")
-    short = SHORT.get(category, category.split("_")[0]).lower()
-    return f"{release.name.removesuffix('2014')}-{short}"
+        raise UserError(
+            f"--category '{category}': write it as the source does, as Video_Games, or "
+            "short, as games."
+        )
+    short = _BEAUTY | {theirs: ours for ours, theirs in release.short.items()}
+    name = short.get(category_of(release, category), category.lower().replace("_", "-"))
+    return f"{release.name.removesuffix('2014')}-{name}"
 
 
 def _of_2014(record: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
@@ -101,6 +122,7 @@ RELEASES = (
         1,
         _PLAIN,
         _of_2014,
+        {"beauty": "Beauty", "baby": "Baby"},
     ),
     Release(
         "amazon2018",
@@ -112,6 +134,7 @@ RELEASES = (
         1,
         {**_PLAIN, "categories": "category"},
         _of_2018,
+        {"fashion": "AMAZON_FASHION"},
     ),
     Release(
         "amazon2023",
