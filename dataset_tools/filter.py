@@ -9,6 +9,7 @@ Interactions, texts, pictures and addresses are carried over; features are not.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,11 +57,14 @@ def run(arguments: argparse.Namespace) -> str:
     filters, source = Filters.of(arguments), Source(Path(arguments.data_path) / arguments.source)
     filters.check_required(source.attributes)
     content = source.content(filters)
-    words = ["python -m dataset_tools filter", arguments.source, f"--name {name}"]
-    write_dataset(
-        folder, content, " ".join([*words, *filter_words(arguments, _LEAST)]), arguments.force
-    )
+    write_dataset(folder, content, _command(arguments), arguments.force)
     return name
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The command for the card, without paths of this machine."""
+    words = ["python", "-m", "dataset_tools", "filter", arguments.source, "--name", arguments.name]
+    return " ".join([shlex.join(words), *filter_words(arguments, _LEAST)])
 
 
 @dataclass(frozen=True)
