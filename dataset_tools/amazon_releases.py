@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from recbole_mm.errors import UserError
@@ -89,10 +90,9 @@ def _of_2014(record: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
 
 
 def _of_2018(record: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
-    """Lists of large and of small pictures."""
-    for name in ("imageURLHighRes", "imageURL"):
-        for address in _list(record.get(name)):
-            yield [address]
+    """Two lists of the same pictures, large and small."""
+    lists = (_list(record.get(name)) for name in ("imageURLHighRes", "imageURL"))
+    yield from zip_longest(*lists)
 
 
 def _of_2023(record: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
