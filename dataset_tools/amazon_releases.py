@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -22,6 +23,7 @@ SHORT = {  # short names of categories, by which papers call their datasets
     "fashion": "Amazon_Fashion",
 }
 _BEAUTY = {"All_Beauty": "beauty"}  # in names of datasets only: Beauty is itself a category of 2014
+_NO_PICTURE = re.compile(r"[a-z]+://[^/?#]*/[^?#]*no-img", re.IGNORECASE)  # in the path
 Pictures = Callable[[Mapping[str, Any]], Iterator[Sequence[Any]]]
 
 
@@ -85,8 +87,10 @@ def dataset_name(release: Release, category: str) -> str:
 
 
 def _of_2014(record: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
-    """One address."""
-    yield [record.get("imUrl")]
+    """One address, which may be that of a sign that there is no picture."""
+    url = record.get("imUrl")
+    if not isinstance(url, str) or not _NO_PICTURE.match(url):
+        yield [url]
 
 
 def _of_2018(record: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
