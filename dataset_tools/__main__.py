@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0 done, 1 a user's mistake, 130 interrupted."""
     parsed = _parser().parse_args(arguments)
     try:
-        name = parsed.run(parsed)
+        with _stopped_cleanly() if parsed.converts else nullcontext():
+            name = parsed.run(parsed)
     except KeyboardInterrupt:
         print(f"\nInterrupted; {parsed.interrupted}.", file=sys.stderr)
         return 130
@@ -45,6 +49,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name is not None:
         print(f"Try: {_command(parsed.out, name)}")
     return 0
+
+
+@contextmanager
+def _stopped_cleanly() -> Iterator[None]:
+    """SIGTERM is Ctrl-C here, which leaves no half of a dataset."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _command(out: str, name: str) -> str:
@@ -76,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         module.add_arguments(command)
         interrupted = getattr(module, "INTERRUPTED", "nothing was written")
-        command.set_defaults(run=module.run, interrupted=interrupted)
+        command.set_defaults(run=module.run, interrupted=interrupted, converts=name in CONVERTERS)
     return parser
 
 

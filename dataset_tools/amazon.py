@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dataset_tools.amazon_releases import TEXTS, Release, dataset_name
+from dataset_tools.amazon_releases import TEXTS, Release, category_of, dataset_name
 from dataset_tools.download import Remote
 from dataset_tools.events import Events
 from dataset_tools.lines import END_OF_TIME, LARGEST, records
@@ -45,7 +45,7 @@ class Converter:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """The flags."""
-        about = "as the source writes it: Beauty, Video_Games, …"
+        about = "as the source writes it: Beauty, Video_Games, …; or short: games, clothing, …"
         parser.add_argument("--category", required=True, help=about)
         about = "take all reviews, even where the source has a 5-core of them"
         parser.add_argument("--all_reviews", action="store_true", help=about)
@@ -57,7 +57,8 @@ class Converter:
         Raises:
             UserError: a mistake in the flags, or files that are missing or cannot be read.
         """
-        release, category = self.release, arguments.category
+        release = self.release
+        category = category_of(release, arguments.category)
         words = [release.name, f"--category {category}"]
         words += ["--all_reviews"] if arguments.all_reviews else []
         plan = Plan.of(arguments, dataset_name(release, category), TEXTS, *words)
@@ -65,17 +66,19 @@ class Converter:
         names, place = release.reviews, first
         if arguments.all_reviews:
             names, place = release.reviews[-1:], of_all
-        reviews = self._file(arguments, names, place)
-        products = self._file(arguments, release.products, of_products)
+        reviews = self._file(arguments, category, names, place)
+        products = self._file(arguments, category, release.products, of_products)
         events = read_reviews(reviews, release, plan.bad, arguments.limit)
         with plan.shelf(events) as shelf:
             read_products(products, release, events.items, shelf, plan.bad, arguments.images)
             plan.write(events, shelf, [reviews, products])
         return plan.folder.name
 
-    def _file(self, arguments: argparse.Namespace, patterns: Sequence[str], folder: str) -> Path:
+    def _file(
+        self, arguments: argparse.Namespace, category: str, patterns: Sequence[str], folder: str
+    ) -> Path:
         """The file of a category, packed or not; the first pattern's is what is downloaded."""
-        names = [pattern.format(arguments.category) for pattern in patterns]
+        names = [pattern.format(category) for pattern in patterns]
         remote = Remote(f"{folder}/{names[0]}.gz", self.release.source)
         return raw_file(arguments, [form for n in names for form in (f"{n}.gz", n)], remote)
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from recbole_mm.errors import UserError
 
 TEXTS = ("title", "price", "brand", "categories", "description")
-SHORT = {  # names of datasets that papers use, where they are not the category's first word
-    "Clothing_Shoes_and_Jewelry": "clothing",
-    "Sports_and_Outdoors": "sports",
-    "Toys_and_Games": "toys",
-    "Grocery_and_Gourmet_Food": "grocery",
-    "Arts_Crafts_and_Sewing": "arts",
-    "Cell_Phones_and_Accessories": "phones",
-    "Video_Games": "games",
-    "Baby_Products": "baby",
+SHORT = {  # short names of categories, by which papers call their datasets
+    "clothing": "Clothing_Shoes_and_Jewelry",
+    "sports": "Sports_and_Outdoors",
+    "toys": "Toys_and_Games",
+    "grocery": "Grocery_and_Gourmet_Food",
+    "arts": "Arts_Crafts_and_Sewing",
+    "phones": "Cell_Phones_and_Accessories",
+    "games": "Video_Games",
+    "baby": "Baby_Products",
+    "fashion": "Amazon_Fashion",
 }
+_BEAUTY = {"All_Beauty": "beauty"}  # in names of datasets only: Beauty is itself a category of 2014
+_NO_PICTURE = re.compile(r"[a-z]+://[^/?#]*/[^?#]*no-img", re.IGNORECASE)  # in the path
 Pictures = Callable[[Mapping[str, Any]], Iterator[Sequence[Any]]]
 
 
@@ -37,6 +42,7 @@ class Release:
         units: of its times in a second.
         texts: field of a product for each of `TEXTS`.
         pictures: of a product's record, each picture's addresses, the best first.
+        own: categories of `SHORT` that it calls otherwise.
     """
 
     name: str
@@ -48,30 +54,49 @@ class Release:
     units: int
     texts: Mapping[str, str]
     pictures: Pictures
+    own: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def short(self) -> dict[str, str]:
+        """Its categories that have a short name, by that."""
+        return {**SHORT, **self.own}
+
+
+def category_of(release: Release, given: str) -> str:
+    """The source's category of a short name, in any case; any other name as it was given."""
+    short = release.short
+    return {**{name.lower(): name for name in short.values()}, **short}.get(given.lower(), given)
 
 
 def dataset_name(release: Release, category: str) -> str:
     """`amazon-beauty` for the release of 2014, which the papers mean; `amazon2018-beauty`.
 
+    Categories without a short name have their whole one in it, so that no two make the same.
+
     Raises:
         UserError: the category is no name.
     """
     if not category.replace("_", "").isalnum() or not category.isascii():
-        raise UserError(f"--category '{category}': write it as the source does, as Video_Games.")
-    short = SHORT.get(category, category.split("_")[0]).lower()
-    return f"{release.name.removesuffix('2014')}-{short}"
+        raise UserError(
+            f"--category '{category}': write it as the source does, as Video_Games, or "
+            "short, as games."
+        )
+    short = _BEAUTY | {theirs: ours for ours, theirs in release.short.items()}
+    name = short.get(category_of(release, category), category.lower().replace("_", "-"))
+    return f"{release.name.removesuffix('2014')}-{name}"
 
 
 def _of_2014(record: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
-    """One address."""
-    yield [record.get("imUrl")]
+    """One address, which may be that of a sign that there is no picture."""
+    url = record.get("imUrl")
+    if not isinstance(url, str) or not _NO_PICTURE.match(url):
+        yield [url]
 
 
 def _of_2018(record: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
-    """Lists of large and of small pictures."""
-    for name in ("imageURLHighRes", "imageURL"):
-        for address in _list(record.get(name)):
-            yield [address]
+    """Two lists of the same pictures, large and small."""
+    lists = (_list(record.get(name)) for name in ("imageURLHighRes", "imageURL"))
+    yield from zip_longest(*lists)
 
 
 def _of_2023(record: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
@@ -101,6 +126,7 @@ RELEASES = (
         1,
         _PLAIN,
         _of_2014,
+        {"beauty": "Beauty", "baby": "Baby"},
     ),
     Release(
         "amazon2018",
@@ -112,6 +138,7 @@ RELEASES = (
         1,
         {**_PLAIN, "categories": "category"},
         _of_2018,
+        {"fashion": "AMAZON_FASHION"},
     ),
     Release(
         "amazon2023",

@@ -1,6 +1,7 @@
 """Makes a dataset of another one by the papers' filters: of the items whose pictures came, say.
 
-Interactions, texts, pictures and addresses are carried over; features are not.
+Interactions, attributes, texts, pictures and addresses are carried over, and what became of each
+address; features are not. Interactions are sorted by user and time.
 
   python -m dataset_tools filter amazon2018-sports --name amazon2018-sports-pictured \\
       --require image,description --min_inter 5
@@ -9,15 +10,22 @@ Interactions, texts, pictures and addresses are carried over; features are not.
 from __future__ import annotations
 
 import argparse
+import glob
+import json
+import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dataset_tools.filters import Filters, add_filters, filter_words
+from dataset_tools.filters import USER, Filters, add_filters, filter_words
+from dataset_tools.images import MANIFEST
+from dataset_tools.lines import records
 from dataset_tools.raw import check_name
 from dataset_tools.write import Content, Interactions, Item, write_dataset
 from recbole_mm.data.atomic import (
@@ -32,7 +40,9 @@ from recbole_mm.data.atomic import (
 from recbole_mm.errors import UserError
 
 _LEAST = "0"
-_COLUMNS = ("user_id", ITEM, "timestamp", "rating")  # of `.inter`; the last may be missing
+_TIME = "timestamp"
+_COLUMNS = (USER, ITEM, _TIME, "rating")  # of `.inter`; the last may be missing
+_CARRIED = ("inter", "item", "user", "text", IMAGE, "urls")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,12 +65,15 @@ def run(arguments: argparse.Namespace) -> str:
     check_free(folder, arguments.force)
     filters, source = Filters.of(arguments), Source(Path(arguments.data_path) / arguments.source)
     filters.check_required(source.attributes)
-    content = source.content(filters)
-    words = ["python -m dataset_tools filter", arguments.source, f"--name {name}"]
-    write_dataset(
-        folder, content, " ".join([*words, *filter_words(arguments, _LEAST)]), arguments.force
-    )
+    content = source.content(name, filters)
+    write_dataset(folder, content, _command(arguments), arguments.force)
     return name
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The command for the card, without paths of this machine."""
+    words = ["python", "-m", "dataset_tools", "filter", arguments.source, "--name", arguments.name]
+    return " ".join([shlex.join(words), *filter_words(arguments, _LEAST)])
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,9 @@ class Source:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.rows = _interactions(self._path("inter"))
+        frame = _interactions(self._path("inter"))
+        self.rows = frame[[column for column in _COLUMNS if column in frame]]
+        self._extra = [str(name) for name in frame if name not in _COLUMNS]
         self.attributes: list[str] = []
         texts: dict[str, list[str | None]] = {}
         if (path := self._path("text")).is_file():
@@ -106,8 +121,8 @@ class Source:
         if path.is_file():
             yield from (read_images if suffix == IMAGE else read_urls)(path)
 
-    def content(self, filters: Filters) -> Content:
-        """What the filters leave of it.
+    def content(self, name: str, filters: Filters) -> Content:
+        """What the filters leave of it, for a dataset of another name.
 
         Raises:
             UserError: nothing.
@@ -115,18 +130,51 @@ class Source:
         codes, items = pd.factorize(self.rows[ITEM])
         rows, notes = filters.narrow(self.rows, self._misfits(items, filters)[codes])
         left = set(rows[ITEM])
-        known = self.known
-        described = [item for item in dict.fromkeys((*known.texts, *known.urls)) if item in left]
-        nothing = [None] * len(self.attributes)
-        found = (
-            Item(item, known.texts.get(item, nothing), known.urls.get(item, ()))
-            for item in described
+        notes += [f"made of {self.folder.name}", *self._left_behind()]
+        tables = self._tables(name, {USER: set(rows[USER]), ITEM: left})
+        return Content(
+            Interactions.of(rows),
+            self.attributes,
+            self._items(left),
+            self._images(left),
+            notes,
+            root=self.folder / "images",
+            files={**dict(tables), **dict(self._manifest(left))},
         )
-        images = [
-            (item, path) for item, paths in known.images.items() if item in left for path in paths
-        ]
-        notes.append(f"made of {self.folder.name}")
-        return Content(Interactions.of(rows), self.attributes, found, images, notes)
+
+    def _items(self, left: set[str]) -> Iterator[Item]:
+        known, nothing = self.known, [None] * len(self.attributes)
+        for item in dict.fromkeys((*known.texts, *known.urls)):
+            if item in left:
+                yield Item(item, known.texts.get(item, nothing), known.urls.get(item, ()))
+
+    def _images(self, left: set[str]) -> list[tuple[str, Path]]:
+        shown = self.known.images.items()
+        return [(item, path) for item, paths in shown if item in left for path in paths]
+
+    def _tables(
+        self, name: str, left: Mapping[str, set[str]]
+    ) -> Iterator[tuple[str, Iterator[str]]]:
+        """`.item` and `.user`, as they are, of what is left."""
+        for suffix, key in (("item", ITEM), ("user", USER)):
+            if (path := self._path(suffix)).is_file():
+                yield f"{name}.{suffix}", _lines_of(path, key, left[key])
+
+    def _manifest(self, left: set[str]) -> Iterator[tuple[str, list[str]]]:
+        """What became of the addresses of what is left, so that none is asked for again."""
+        path = self.folder / "images" / MANIFEST
+        if path.is_file():
+            wanted = {url for item, urls in self.known.urls.items() if item in left for url in urls}
+            told = ((record.get("url"), record) for record in records(path, Counter()))
+            lines = [json.dumps(r) for url, r in told if isinstance(url, str) and url in wanted]
+            yield f"images/{MANIFEST}", lines
+
+    def _left_behind(self) -> list[str]:
+        """What is not carried over, in words."""
+        own = {self._path(suffix) for suffix in _CARRIED}
+        others = sorted(set(self.folder.glob(f"{glob.escape(self.folder.name)}.*")) - own)
+        lists = (("columns of .inter", self._extra), ("files", [path.name for path in others]))
+        return [f"not carried over, {what}: {', '.join(names)}" for what, names in lists if names]
 
     def _misfits(self, items: pd.Index[str], filters: Filters) -> NDArray[np.uint8]:
         """See `Filters.misfits`."""
@@ -148,10 +196,11 @@ class Source:
 
 
 def _interactions(path: Path) -> pd.DataFrame:
-    """Users, items, times and ratings as text.
+    """All columns as text, sorted by user, in order of appearance, and time; equal times keep
+    their order.
 
     Raises:
-        UserError: the file is missing, or a column.
+        UserError: the file is missing, or a column, or a time is no number.
     """
     if not path.is_file():
         raise UserError(f"There is no {path}: name a dataset that is there.")
@@ -161,4 +210,33 @@ def _interactions(path: Path) -> pd.DataFrame:
         if column not in names:
             raise UserError(f"{path} has no column '{column}'; it has {', '.join(names)}.")
     frame = pd.DataFrame([cells for _, cells in lines], columns=names, dtype=object)
-    return frame[[column for column in _COLUMNS if column in names]]
+    order = np.lexsort((_times(path, frame[_TIME]), pd.factorize(frame[USER])[0]))
+    return frame.iloc[order].reset_index(drop=True)
+
+
+def _times(path: Path, cells: pd.Series[Any]) -> NDArray[Any]:
+    """As numbers. Shape: (N,)."""
+    numbers = pd.to_numeric(cells, errors="coerce").to_numpy()
+    bad = ~np.isfinite(numbers.astype(np.float64))
+    if bad.any():
+        row = int(bad.argmax())
+        raise UserError(
+            f"{path}, row {row + 2}, column {_TIME}: '{cells.iloc[row]}' is no number, so that it "
+            "cannot be put in order; give it one."
+        )
+    return numbers
+
+
+def _lines_of(path: Path, key: str, left: set[str]) -> Iterator[str]:
+    """Header and rows of an atomic file, those of the ids that are left.
+
+    Raises:
+        UserError: it is broken, or has no such column.
+    """
+    header, rows = read_table(path)
+    names = [name for name, _ in header]
+    if key not in names:
+        raise UserError(f"{path} has no column '{key}:token'.")
+    yield "\t".join(f"{name}:{kind}" for name, kind in header)
+    at = names.index(key)
+    yield from ("\t".join(cells) for _, cells in rows if cells[at] in left)

@@ -203,6 +203,7 @@ class Plan:
 def _command(arguments: argparse.Namespace, words: Sequence[str]) -> str:
     """The command, without paths of this machine."""
     said = ["python -m dataset_tools", *words, "--raw_dir raw"]
+    said += [f"--name {shlex.quote(arguments.name)}"] if arguments.name else []
     said += filter_words(arguments, _LEAST)
     said += [] if arguments.images else ["--no-images"]
     said += [f"--limit {arguments.limit}"] if arguments.limit else []

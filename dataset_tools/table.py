@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,12 @@ def run(arguments: argparse.Namespace) -> str:
 
 def _command(arguments: argparse.Namespace) -> str:
     """The command for the card, with file names instead of paths."""
-    words = ["python -m dataset_tools table --name", arguments.name]
+    words = ["python", "-m", "dataset_tools", "table", "--name", arguments.name]
     for flag in ("interactions", "sequences", "items", "images"):
         if value := getattr(arguments, flag):
-            words += [f"--{flag}", Path(value).name]
-    words += ["--columns", f"'{arguments.columns}'"] if arguments.columns else []
-    return " ".join([*words, *filter_words(arguments, _LEAST)])
+            words += [f"--{flag}", Path(value).name or "."]
+    words += ["--columns", arguments.columns] if arguments.columns else []
+    return " ".join([shlex.join(words), *filter_words(arguments, _LEAST)])
 
 
 # ---------------------------------------------------------------- interactions

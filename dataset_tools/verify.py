@@ -1,6 +1,7 @@
 """Recounts a dataset and puts the figures of the papers' tables beside its own.
 
 The exit code is 1 where a figure differs that should be met. Some cannot be: the table says why.
+Pictures count where their files are there.
 
   python -m dataset_tools verify amazon-beauty
 """
@@ -12,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recbole_mm.data.atomic import ITEM, read_columns, read_images
+from recbole_mm.data.atomic import IMAGE, ITEM, read_columns, read_images
 from recbole_mm.errors import UserError, nearest
 
 _DIFFERS = "DIFFERS"
 COUNTED = ("users", "items", "interactions", "images")
 _DEAD = "many addresses of 2014 are dead"
+_NO_PICTURES = "no pictures were fetched: run images"
 _FILTERS = "the paper's filters do not lead there from the public files"
 
 
@@ -54,7 +56,7 @@ def _illmrec(*figures: int) -> Published:
 def _rarec(*figures: int) -> Published:
     found = dict(zip(COUNTED, figures, strict=False))
     why = "users drawn as described have a tenth of so many interactions"
-    return Published("RA-Rec, table 1", found, dict.fromkeys(found, why))
+    return Published("RA-Rec, table 1", found, dict.fromkeys(COUNTED[1:3], why))
 
 
 def _msr(*figures: int, **out_of_reach: str) -> Published:
@@ -131,9 +133,16 @@ def count(folder: Path) -> dict[str, int]:
         users.add(user)
         items.add(item)
         interactions += 1
-    images = folder / f"{folder.name}.image"
-    pictured = {item for item, _ in read_images(images)} & items if images.is_file() else set()
-    return dict(zip(COUNTED, (len(users), len(items), interactions, len(pictured)), strict=True))
+    pictured = len(items & _pictured(folder))
+    return dict(zip(COUNTED, (len(users), len(items), interactions, pictured), strict=True))
+
+
+def _pictured(folder: Path) -> set[str]:
+    """Items with a picture whose file is there."""
+    path = folder / f"{folder.name}.{IMAGE}"
+    if not path.is_file():
+        return set()
+    return {item for item, file in read_images(path) if (folder / "images" / file).is_file()}
 
 
 def _row(what: str, number: int, published: Published) -> list[str]:
@@ -144,9 +153,16 @@ def _row(what: str, number: int, published: Published) -> list[str]:
     exact = isinstance(figure, int)
     verdict = "equal"
     if figure != (number if exact else f"{number // 1000}k"):
-        why = published.out_of_reach.get(what)
-        verdict = f"out of reach: {why}" if why else _DIFFERS
+        verdict = _verdict(what, number, published)
     return [what, f"{number:,}", f"{figure:,}" if exact else str(figure), verdict]
+
+
+def _verdict(what: str, number: int, published: Published) -> str:
+    """What to think of a figure that differs."""
+    if what == "images" and not number:
+        return _NO_PICTURES
+    why = published.out_of_reach.get(what)
+    return f"out of reach: {why}" if why else _DIFFERS
 
 
 def _print(rows: Sequence[Sequence[str]]) -> None:

@@ -6,7 +6,7 @@ Interactions and items are read once and a row at a time, so they may be on disk
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -81,6 +81,8 @@ class Content:
         items: no others than those of the interactions, each once; read once.
         images: item and source file, in the order of preference; a file may not exist.
         notes: sentences for summary and card, such as what was left out.
+        root: folder below which pictures keep their paths; None: they are named by their item.
+        files: lines of further files by their paths below the dataset's folder, written last.
     """
 
     interactions: Interactions
@@ -88,6 +90,8 @@ class Content:
     items: Iterable[Item]
     images: Sequence[tuple[str, Path]] = ()
     notes: Sequence[str] = ()
+    root: Path | None = None
+    files: Mapping[str, Iterable[str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -150,11 +154,12 @@ def write_dataset(folder: Path, content: Content, how: str, force: bool = False)
     with new_folder(folder, force) as fresh:
         _write_interactions(fresh / f"{name}.inter", content.interactions)
         coverage = _write_items(fresh, name, content)
-        images, bad = _copy_images(fresh / "images", content.images)
+        images, bad = _copy_images(fresh / "images", content.images, content.root)
         if images:
             write_images(fresh / f"{name}.image", images)
         if content.images:
             coverage["image"] = len(set(dict(images)))
+        _write_files(fresh, content.files)
         rows = content.interactions
         counts = (rows.users, rows.items, rows.count)
         summary = Summary(name, *counts, coverage, bad, content.notes)
@@ -166,6 +171,13 @@ def write_dataset(folder: Path, content: Content, how: str, force: bool = False)
 def _write_interactions(path: Path, interactions: Interactions) -> None:
     header = [f"{name}:{_TYPES[name]}" for name in interactions.columns]
     write_table(path, header, interactions.rows)
+
+
+def _write_files(folder: Path, files: Mapping[str, Iterable[str]]) -> None:
+    for path, lines in files.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        with (folder / path).open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{line}\n" for line in lines)
 
 
 def _write_items(folder: Path, dataset: str, content: Content) -> dict[str, int]:
@@ -195,14 +207,21 @@ def _write_items(folder: Path, dataset: str, content: Content) -> dict[str, int]
 
 
 def _copy_images(
-    folder: Path, images: Sequence[tuple[str, Path]]
+    folder: Path, images: Sequence[tuple[str, Path]], root: Path | None
 ) -> tuple[list[tuple[str, str]], Counter[str]]:
-    """Copies what can be decoded; returns (item, name of the copy) and the reasons for the rest."""
+    """Copies what can be decoded; returns (item, name of the copy) and the reasons for the rest.
+
+    Below `root` pictures keep their paths, and one of several items is copied once.
+    """
     copied: list[tuple[str, str]] = []
     taken: set[str] = set()
     bad: Counter[str] = Counter()
     bar = tqdm(images, desc="pictures", unit="picture", ncols=100, disable=not images)
     for item, source in bar:
+        target = source.relative_to(root).as_posix() if root else ""
+        if target in taken:
+            copied.append((item, target))
+            continue
         try:
             data = read_bytes(source)
             decode(data)
@@ -210,8 +229,9 @@ def _copy_images(
         except BadImageError as error:
             bad[str(error)] += 1
             continue
-        folder.mkdir(exist_ok=True)
-        target = _free_name(item, _SUFFIXES[kind], taken)
+        target = target or _free_name(item, _SUFFIXES[kind], taken)
+        taken.add(target)
+        (folder / target).parent.mkdir(parents=True, exist_ok=True)
         (folder / target).write_bytes(data)
         copied.append((item, target))
     return copied, bad
@@ -224,7 +244,6 @@ def _free_name(item: str, suffix: str, taken: set[str]) -> str:
     while name in taken:
         number += 1
         name = f"{stem}-{number}.{suffix}"
-    taken.add(name)
     return name
 
 
@@ -243,6 +262,7 @@ Made by
 |---|---|
 | `{summary.name}.inter` | interactions, sorted by user, oldest first |
 | `{summary.name}.item` | item attributes that RecBole's own models read |
+| `{summary.name}.user` | attributes of users that RecBole's own models read |
 | `{summary.name}.text` | texts of items as they came, with `\\t \\n \\r \\\\`; `\\N` is missing |
 | `{summary.name}.image` | pictures of items, below `images/` |
 | `{summary.name}.urls` | addresses of pictures that were not fetched, the best first |

@@ -15,9 +15,11 @@ such care.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import uuid
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -387,11 +389,12 @@ def write_urls(path: Path, rows: Iterable[tuple[str, str]]) -> int:
 
 
 def check_free(folder: Path, force: bool) -> None:
-    """Checks that a dataset may be written to `folder`.
+    """Checks that a dataset may be written to `folder`, and mends what a killed run left there.
 
     Raises:
         UserError: it exists and `force` is false, or it is something else than a dataset.
     """
+    _mend(folder)
     if not folder.exists():
         return
     if not (folder / f"{folder.name}.inter").is_file():
@@ -407,28 +410,59 @@ def check_free(folder: Path, force: bool) -> None:
 def new_folder(folder: Path, force: bool = False) -> Iterator[Path]:
     """Yields an empty temporary folder beside `folder`, which takes its place at a clean exit.
 
-    After an error or a kill, `folder` is as it was. An existing dataset is replaced as a whole,
-    and only with `force`.
+    After an error `folder` is as it was; after a kill it is, at the latest, when it is next written
+    to. An existing dataset is replaced as a whole, and only with `force`.
 
     Raises:
         UserError: see `check_free`; or the place cannot be written to.
     """
     check_free(folder, force)
-    suffix = uuid.uuid4().hex[:8]
-    fresh = folder.with_name(f".{folder.name}.{suffix}.tmp")
+    stem = f".{folder.name}.{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    fresh = folder.with_name(f"{stem}.tmp")
     try:
         fresh.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{folder.parent} cannot be written to: {error.strerror}.") from None
     try:
         yield fresh
-        _take_place(fresh, folder, folder.with_name(f".{folder.name}.{suffix}.old"))
+        _take_place(fresh, folder, folder.with_name(f"{stem}.old"))
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _take_place(fresh: Path, folder: Path, aside: Path) -> None:
-    if folder.exists():
-        os.replace(folder, aside)
-    os.replace(fresh, folder)
+    try:
+        if folder.exists():
+            os.replace(folder, aside)
+        os.replace(fresh, folder)
+    except BaseException:
+        if aside.exists() and not folder.exists():
+            os.replace(aside, folder)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _mend(folder: Path) -> None:
+    """Puts a dataset back that stands aside for ever, and removes other folders of dead runs."""
+    import psutil  # type: ignore[import-untyped]
+
+    form = re.compile(
+        rf"\.{re.escape(folder.name)}\.{_machine()}-(\d{{1,9}})-[0-9a-f]{{8}}\.(tmp|old)"
+    )
+    try:
+        around = sorted(folder.parent.iterdir())
+    except OSError:  # it is not there, or nothing we may look at
+        return
+    for path in around:
+        found = form.fullmatch(path.name)
+        if not found or psutil.pid_exists(int(found[1])):
+            continue
+        if found[2] == "old" and not folder.exists():
+            os.replace(path, folder)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _machine() -> str:
+    """A mark of this machine: on another one, which may share the disk, process ids say nothing."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"

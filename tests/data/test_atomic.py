@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -122,7 +126,7 @@ def test_our_list_of_missing_words_is_all_of_pandas() -> None:
 
 
 def test_an_ordinary_id_stays() -> None:
-    for token in ("B004756YJA", "1", "a b", "50%", "ü", "nan2", "a%zz"):
+    for token in ("B00INVENT1", "1", "a b", "50%", "ü", "nan2", "a%zz"):
         assert safe_token(token) == token
     with pytest.raises(ValueError, match="empty"):
         safe_token("")
@@ -313,6 +317,92 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in folder.iterdir()] == ["d.inter"]
     assert (folder / "d.inter").read_text() == "two"
     assert list((tmp_path / "deep").iterdir()) == [folder]
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from recbole_mm.data import atomic
+folder, place = Path(sys.argv[1]), sys.argv[2]
+replace = os.replace
+def fatal(*paths):
+    replace(*paths)
+    os._exit(9)
+if place == "between":
+    atomic.os.replace = fatal
+with atomic.new_folder(folder, force=True) as fresh:
+    (fresh / f"{folder.name}.inter").write_text("two")
+    if place == "before":
+        os._exit(9)
+"""
+
+
+def killed(folder: Path, place: str) -> list[str]:
+    """Kills a process that replaces `folder`; returns what it left beside it."""
+    words = [sys.executable, "-c", KILLED, str(folder), place]
+    assert subprocess.run(words, check=False).returncode == 9
+    return sorted(path.name for path in folder.parent.iterdir())
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    folder, other = tmp_path / "d", tmp_path / "d.x"
+    make(folder, "one")
+    assert len(killed(folder, "before")) == 2
+    with new_folder(other) as fresh:  # whose name begins alike
+        (fresh / "d.x.inter").write_text("")
+        make(folder, "three", force=True)
+        assert sorted(tmp_path.iterdir()) == sorted([folder, fresh])
+    assert sorted(tmp_path.iterdir()) == [folder, other]
+
+
+def test_a_dataset_set_aside_by_a_killed_process_is_put_back(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    make(folder, "one")
+    assert len(killed(folder, "between")) == 2
+    assert not folder.exists()
+    with pytest.raises(UserError, match="exists already"):
+        make(folder, "three")
+    assert (folder / "d.inter").read_text() == "one"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    with new_folder(folder) as fresh:
+        make(folder, "one")
+        assert fresh.is_dir()
+        foreign = fresh.with_name(
+            re.sub(r"\.[0-9a-f]{8}-\d+-", f".00000000-{dead_pid()}-", fresh.name)
+        )
+        foreign.mkdir()
+        (fresh / "d.inter").write_text("two")
+        make(folder, "three", force=True)
+        assert foreign.is_dir()  # of another machine, where that process may run
+        assert fresh.is_dir()
+
+
+def test_an_interrupt_between_the_renames_puts_the_old_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, replace = tmp_path / "d", os.replace
+    make(folder, "one")
+
+    def interrupted(source: Path, target: Path) -> None:
+        replace(source, target)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(folder, "two", force=True)
+    assert (folder / "d.inter").read_text() == "one"
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_force_never_replaces_what_is_no_dataset(tmp_path: Path) -> None:

@@ -68,15 +68,31 @@ def test_2014_has_one(tmp_path: Path) -> None:
     assert UNUSABLE.format("") not in said(tmp_path)
 
 
-def test_2018_has_lists_of_large_and_small_ones(tmp_path: Path) -> None:
-    small, large = [f"{H}1._SS40_.jpg", f"{H}2._SS40_.jpg"], [f"{H}1.jpg", f"{H}2.jpg"]
+def test_2014_has_signs_that_there_is_no_picture(tmp_path: Path) -> None:
+    icons = "http://g-ecx.images-amazon.com/images/G/01/x-site/icons"
+    products = [
+        {"asin": "a", "imUrl": f"{icons}/no-img-sm._CB192198896_.gif"},
+        {"asin": "b", "imUrl": f"{L}b.jpg?after=no-img"},
+        {"asin": "c", "imUrl": "http://no-img.example/c.jpg"},
+    ]
+    assert urls(tmp_path, files_2014, products) == [
+        ("b", f"{L}b.jpg?after=no-img"),
+        ("c", "http://no-img.example/c.jpg"),
+    ]
+    assert UNUSABLE.format("") not in said(tmp_path)
+    assert "items with address of a picture: 2 (66.7 %)" in said(tmp_path)
+
+
+def test_2018_has_lists_of_the_same_ones_large_and_small(tmp_path: Path) -> None:
+    """Of each picture one address, else `--per_item 2` would fetch one photo twice."""
+    small, large = [f"{H}{n}._SS40_.jpg" for n in (1, 2, 3)], [f"{H}1.jpg", None]
     products = [
         {"asin": "a", "imageURL": small, "imageURLHighRes": large},
         {"asin": "b", "imageURL": [*small, small[0]], "imageURLHighRes": []},
         {"asin": "c", "imageURL": [], "imageURLHighRes": []},
     ]
     assert urls(tmp_path, files_2018, products) == [
-        *(("a", url) for url in [*large, *small]),
+        *(("a", url) for url in [large[0], *small[1:]]),
         *(("b", url) for url in small),
     ]
 

@@ -427,7 +427,7 @@ def test_columns_are_found_by_flag_name_and_alias(tmp_path: Path) -> None:
         "k1\tT-1\tSoap\tCare|Bath\tred",
     ]
     assert (folder / "d.item").read_text().splitlines()[1] == "k1\tCare Bath"
-    assert f"--columns '{columns}'" in (folder / "README.md").read_text()
+    assert f"--columns {columns}" in (folder / "README.md").read_text()
 
 
 def pictures(folder: Path) -> None:

@@ -13,19 +13,25 @@ from recbole_mm.data.atomic import write_images, write_table
 
 HEADER = ("user_id:token", "item_id:token", "timestamp:float")
 ROWS = [("u1", "a", "1"), ("u1", "b", "2"), ("u2", "a", "1"), ("u2", "a", "2")]
+PICTURES = [("a", "1.jpg"), ("a", "2.jpg"), ("b", "gone.jpg"), ("c", "3.jpg")]
 
 
 def shop(folder: Path, name: str = "shop") -> Path:
-    """Two users, two items, four interactions; pictures of one of the items and of another."""
-    (folder / name).mkdir()
+    """Two users, two items, four interactions; pictures of one of the items and of another, and
+    a row without a file."""
+    (folder / name / "images").mkdir(parents=True)
+    for number in (2, 3):
+        (folder / name / "images" / f"{number}.jpg").write_bytes(b"")
     write_table(folder / name / f"{name}.inter", HEADER, ROWS)
-    write_images(folder / name / f"{name}.image", [("a", "1.jpg"), ("a", "2.jpg"), ("c", "3.jpg")])
+    write_images(folder / name / f"{name}.image", PICTURES)
     return folder / name
 
 
 def test_every_thing_is_counted_once(tmp_path: Path) -> None:
     found = count(shop(tmp_path))
     assert found == {"users": 2, "items": 2, "interactions": 4, "images": 1}
+    (tmp_path / "shop" / "images" / "2.jpg").unlink()
+    assert count(tmp_path / "shop")["images"] == 0
     (tmp_path / "shop" / "shop.image").unlink()
     assert count(tmp_path / "shop")["images"] == 0
 
@@ -61,6 +67,28 @@ def test_the_exit_code_is_that_of_figures_within_reach(
         assert "Traceback" not in said.err
 
 
+def test_pictures_that_nobody_fetched_are_no_dead_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = shop(tmp_path) / "images" / "2.jpg"
+    dead = Published("A paper, table 9", {"images": 2}, {"images": "links are dead"})
+    monkeypatch.setitem(PUBLISHED, "shop", dead)
+    for has_pictures in (True, False):
+        assert main(["verify", "shop", "--data_path", str(tmp_path)]) == 0
+        said = capsys.readouterr().out
+        assert ("out of reach: links are dead" in said) == has_pictures
+        assert ("no pictures were fetched: run images" in said) == (not has_pictures)
+        place.unlink(missing_ok=True)
+
+
+def test_ra_recs_users_are_within_reach(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shop(tmp_path, "amazon2018-books")
+    assert main(["verify", "amazon2018-books", "--data_path", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "differs from RA-Rec, table 1 in users:" in said.err
+    assert said.out.count("out of reach") == 2
+
+
 def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shop(tmp_path, "amazon-beaty")
     assert main(["verify", "amazon-beaty", "--data_path", str(tmp_path)]) == 1
@@ -82,6 +110,7 @@ def test_real_beauty_is_that_of_prime(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines[1:4]] == ["equal"] * 3
     assert lines[4].split()[:3] == ["images", "0", "12,023"]
+    assert lines[4].endswith("no pictures were fetched: run images")
 
 
 def test_real_microlens_has_the_papers_users(
