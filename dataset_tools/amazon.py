@@ -176,7 +176,7 @@ def _text(name: str, value: Any) -> str | None:
     if name == "description" and isinstance(value, list):
         value = "\n".join(str(part) for part in value if isinstance(part, str))
     if isinstance(value, int | float) and not isinstance(value, bool):
-        value = f"{value:.10g}" if math.isfinite(value) else None
+        value = f"{value:.10g}" if abs(value) <= LARGEST else None  # False for NaN
     return value if isinstance(value, str) and value.strip() else None
 
 

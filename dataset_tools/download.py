@@ -37,7 +37,7 @@ HOSTS = (
 )
 _MD5 = re.compile(r"\b[0-9a-fA-F]{32}\b")
 _RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})")
-_NO_SUCH_RANGE = "status 416"
+_NO_SUCH_RANGE = 416
 _CHUNK = 1 << 20
 # RuntimeError is a password that is wanted, or a way of packing that Python does not know.
 _BROKEN = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, RuntimeError, EOFError)
@@ -206,7 +206,7 @@ def _go_on(url: str, part: Part, fetcher: Fetcher) -> None:
             before = part.bytes
             _append(response, part, fetcher)
     except FetchError as error:
-        if part.bytes and str(error) == _NO_SUCH_RANGE:
+        if part.bytes and error.status == _NO_SUCH_RANGE:
             raise _anew(part) from None
         raise
     if not part.is_whole and part.bytes <= before:
@@ -371,7 +371,7 @@ def _published(url: str, fetcher: Fetcher) -> str | None:
     try:
         text = fetcher.read(url, 10_000).decode("utf-8", "replace")
     except FetchError as error:
-        if error.gone and str(error).startswith("status"):
+        if error.gone and error.status is not None:
             print(f"No checksum is published at {url}: only size and ETag are compared.")
             return None
         raise FetchError(f"its checksum {url} cannot be read ({error})") from None

@@ -7,6 +7,7 @@ is cut off, or that unpacks to far more than it should, is an error.
 from __future__ import annotations
 
 import ast
+import csv
 import gzip
 import json
 import zlib
@@ -62,6 +63,17 @@ def text_lines(path: Path) -> Iterator[str]:
         except UnicodeDecodeError:
             text = line.decode("latin-1")
         yield text.replace("\r\n", "\n").replace("\r", " ")
+
+
+def csv_cells(line: str) -> list[str] | None:
+    """The cells of one line; None where its quotes do not close: no line swallows others."""
+    line = line.rstrip("\n")
+    if '"' not in line:
+        return line.split(",")
+    try:
+        return next(csv.reader([line], strict=True))
+    except csv.Error:
+        return None
 
 
 def _lines(path: Path) -> Iterator[bytes]:

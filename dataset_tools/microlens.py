@@ -10,7 +10,6 @@ taken where they are there, else each user's items in order (.tsv), whose positi
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import os
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from dataset_tools.download import GoneError, Remote, alone, obtain, unpack
 from dataset_tools.events import Events
-from dataset_tools.lines import END_OF_TIME, text_lines
+from dataset_tools.lines import END_OF_TIME, csv_cells, text_lines
 from dataset_tools.raw import Plan, add_flags, pictures_by_id, raw_file
 from dataset_tools.shelf import Shelf
 from recbole_mm.data.atomic import IMAGE
@@ -136,7 +135,7 @@ def read_pairs(path: Path, bad: Counter[str], limit: int = 0) -> Events:
 def _with_times(path: Path, bad: Counter[str]) -> Iterator[tuple[str, str, int]]:
     """`user,item,timestamp`, with a header."""
     for number, line in enumerate(text_lines(path)):
-        cells = _cells(line) or []
+        cells = csv_cells(line) or []
         if len(cells) >= 3 and cells[0] and cells[1] and _is_time(cells[2]):
             yield cells[0], cells[1], int(cells[2])
         elif number and line.strip():  # the first is the header
@@ -163,7 +162,7 @@ def read_titles(path: Path, wanted: Mapping[str, int], shelf: Shelf, bad: Counte
     """
     odd = 0
     for line in filter(str.strip, text_lines(path)):
-        cells = _cells(line)
+        cells = csv_cells(line)
         if cells is None:
             odd += 1
             cells = line.split(",", 1)
@@ -173,14 +172,3 @@ def read_titles(path: Path, wanted: Mapping[str, int], shelf: Shelf, bad: Counte
             shelf.put(wanted[cells[0]], [",".join(cells[1:]).strip() or None])
     if odd:
         print(f"{path.name}: lines whose quotes do not close, taken as they are: {odd:,}")
-
-
-def _cells(line: str) -> list[str] | None:
-    """The cells of one line; None where its quotes do not close."""
-    line = line.rstrip("\n")
-    if '"' not in line:
-        return line.split(",")
-    try:
-        return next(csv.reader([line], strict=True))
-    except csv.Error:
-        return None

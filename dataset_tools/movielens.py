@@ -10,7 +10,6 @@ of time; equal times keep the order of the file.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from dataset_tools.download import Remote
 from dataset_tools.events import Events
-from dataset_tools.lines import END_OF_TIME, LARGEST, text_lines
+from dataset_tools.lines import END_OF_TIME, LARGEST, csv_cells, text_lines
 from dataset_tools.raw import Plan, add_flags, pictures_by_id, raw_file
 from dataset_tools.shelf import Shelf
 from recbole_mm.errors import UserError
@@ -65,12 +64,9 @@ def _split(mark: str) -> Callable[[Path], Iterator[Cells]]:
 
 
 def _csv(path: Path) -> Iterator[Cells]:
-    rows = csv.reader(text_lines(path))
-    try:
-        next(rows, None)  # the header
-        yield from rows
-    except csv.Error as error:
-        raise UserError(f"{path}: {error}.") from None
+    for number, line in enumerate(text_lines(path)):
+        if number and line.strip():  # the first is the header
+            yield csv_cells(line) or line.rstrip("\n").split(",")
 
 
 def _flags(cells: Cells) -> list[str]:

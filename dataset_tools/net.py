@@ -41,11 +41,12 @@ class FetchError(Exception):
     Args:
         why: the reason.
         gone: whether it never can be, so that nobody need ask again.
+        status: of the answer, where there was one.
     """
 
-    def __init__(self, why: str, gone: bool = False) -> None:
+    def __init__(self, why: str, gone: bool = False, status: int | None = None) -> None:
         super().__init__(why)
-        self.gone = gone
+        self.gone, self.status = gone, status
 
 
 class RefusedError(FetchError):
@@ -333,8 +334,8 @@ def _check(response: httpx2.Response) -> None:
     if status in _LATER or status >= 500:
         raise LaterError(why, _retry_after(response.headers.get("Retry-After", "")))
     if status in _GONE:
-        raise FetchError(why, gone=True)
-    raise RefusedError(f"refused: {why}")
+        raise FetchError(why, gone=True, status=status)
+    raise RefusedError(f"refused: {why}", status=status)
 
 
 def _retry_after(value: str) -> float | None:

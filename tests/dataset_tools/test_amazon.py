@@ -234,9 +234,10 @@ def test_of_two_records_of_a_product_the_first_counts(
     assert "left out, products that have a record already: 1" in capsys.readouterr().out
 
 
-def test_odd_values_of_a_product_are_missing_ones(raw: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("price", [float("nan"), 10**400])
+def test_odd_values_of_a_product_are_missing_ones(raw: Path, tmp_path: Path, price: float) -> None:
     odd = {
-        "asin": "a", "title": ["x"], "price": float("nan"), "brand": {"name": "y"},
+        "asin": "a", "title": ["x"], "price": price, "brand": {"name": "y"},
         "categories": "Beauty", "description": [1, None],
     }  # fmt: skip
     pack(raw / "meta_Beauty.json.gz", [odd])

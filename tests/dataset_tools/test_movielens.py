@@ -130,3 +130,15 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     assert make(tmp_path, tmp_path / "out", "1m") == 1
     assert "has no rating of user, movie, rating and time" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_quote_that_does_not_close_costs_no_other_line(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    files_latest(raw)
+    movies = 'movieId,title,genres\n242,"Kolya,Comedy\n302,Am\xe9lie,Drama\n'
+    (raw / "movies.csv").write_text(movies, encoding="utf-8")
+    assert make(raw, tmp_path / "out", "latest-small") == 0
+    folder = tmp_path / "out" / "ml-latest-small"
+    _, rows = read_text(folder / "ml-latest-small.text")
+    assert dict(rows)["302"] == ["Am\xe9lie", "Drama"]
