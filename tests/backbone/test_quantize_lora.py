@@ -323,6 +323,8 @@ def test_the_shipped_descriptions_are_read() -> None:
     assert len(files) >= 5
     for name in ("tiny", *files, *(f"tiny-{stem}" for stem in files)):
         mapping, settings = resolve_backbone(name, "qwen2-vl-2b")
+        if mapping["family"] == "text":  # see test_text_model.py
+            continue
         own = {k: v for k, v in settings.items() if k in BackboneSpec.__annotations__}
         spec = BackboneSpec.from_mapping({**mapping, **own})
         assert spec.name == name
