@@ -105,13 +105,6 @@ class TextModel(nn.Module):
         self.before, self.after = _frame(tokenizer)
 
     @property
-    def width(self) -> int:
-        """Of a text's vector."""
-        if not hasattr(self, "_width"):
-            self._width = self.vectors(self.padded([np.array([self.pad_id])])).shape[1]
-        return self._width
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device

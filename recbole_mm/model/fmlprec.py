@@ -21,6 +21,8 @@ from recbole.model.loss import BPRLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recbole_mm.model.layers.rows import ProductScores, to_the_right
+
 
 class FilterLayer(nn.Module):
     """A learnable filter of the whole row: a circular convolution with a kernel as long as the row.
@@ -67,14 +69,7 @@ class FeedForward(nn.Module):
         return normed
 
 
-def to_the_right(item_seq: Tensor, lengths: Tensor) -> Tensor:
-    """Moves right-padded rows to the right end of the grid. (B, L), (B,) -> (B, L)."""
-    L = item_seq.shape[1]
-    place = torch.arange(L, device=item_seq.device) - (L - lengths[:, None])  # (B, L)
-    return item_seq.gather(1, place.clamp(min=0)).masked_fill(place < 0, 0)
-
-
-class FMLPRec(SequentialRecommender):
+class FMLPRec(ProductScores, SequentialRecommender):
     """FMLP-Rec behind RecBole's interface."""
 
     def __init__(self, config: Any, dataset: Any) -> None:
@@ -115,17 +110,6 @@ class FMLPRec(SequentialRecommender):
         liked, other = (hidden * self.item_embedding(pairs)).sum(2)  # (B,), (B,)
         loss: Tensor = BPRLoss()(liked, other)
         return loss
-
-    def predict(self, interaction: Interaction) -> Tensor:
-        """Scores of one item a row. Shape: (B,)."""
-        hidden = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
-        scores: Tensor = (hidden * self.item_embedding(interaction[self.ITEM_ID])).sum(1)
-        return scores
-
-    def full_sort_predict(self, interaction: Interaction) -> Tensor:
-        """Scores of all items. Shape: (B, V)."""
-        hidden = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
-        return hidden @ self.item_embedding.weight.T
 
 
 def _initialise(module: nn.Module, std: float) -> None:

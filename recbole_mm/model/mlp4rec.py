@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recbole_mm.errors import UserError
-from recbole_mm.model.fmlprec import to_the_right
 from recbole_mm.model.layers.losses import full_softmax_loss
+from recbole_mm.model.layers.rows import ProductScores, to_the_right
 
 FIELDS, POSITIONS, CHANNELS = -3, -2, -1  # the axes of (B, F, L, D)
 
@@ -120,7 +120,7 @@ class FieldEmbedding(nn.Module):
         return total / count
 
 
-class MLP4Rec(SequentialRecommender):
+class MLP4Rec(ProductScores, SequentialRecommender):
     """MLP4Rec behind RecBole's interface."""
 
     optional_features = True  # `selected_features: ~` is what the dataset has, be it nothing
@@ -158,17 +158,6 @@ class MLP4Rec(SequentialRecommender):
         hidden = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])  # (B, D)
         table = self.item_embedding.weight[1:]
         return full_softmax_loss(hidden, table, None, interaction[self.POS_ITEM_ID] - 1)
-
-    def predict(self, interaction: Interaction) -> Tensor:
-        """Scores of one item a row. Shape: (B,)."""
-        hidden = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
-        scores: Tensor = (hidden * self.item_embedding(interaction[self.ITEM_ID])).sum(1)
-        return scores
-
-    def full_sort_predict(self, interaction: Interaction) -> Tensor:
-        """Scores of all items. Shape: (B, V)."""
-        hidden = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
-        return hidden @ self.item_embedding.weight.T
 
 
 def field_tokens(dataset: Any, name: str) -> Tensor:

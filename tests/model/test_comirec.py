@@ -18,7 +18,7 @@ from recbole_mm.data.sequences import TARGETS
 from recbole_mm.errors import UserError
 from recbole_mm.model.comirec import ComiRec, Interests
 from recbole_mm.model.layers.sampled_softmax import LogUniform, sampled_softmax_loss
-from tests.model.toy import keys, toy_data
+from tests.model.toy import keys, losses_of, toy_data
 
 LENGTHS = [5, 9, 12] * 3
 
@@ -250,15 +250,7 @@ def test_popularity_is_that_of_training(in_folder: Path) -> None:
 def test_it_learns_eight_users(in_folder: Path, more: dict[str, Any]) -> None:
     model, (train, _, _) = model_of(in_folder, [7] * 8, scale=1, **more)
     assert (model.item_embedding.weight[0] == 0).all()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    losses = []
-    for _ in range(80):
-        for batch in train:
-            optimizer.zero_grad()
-            value = model.calculate_loss(batch)
-            value.backward()
-            optimizer.step()
-        losses.append(value.item())
+    losses = losses_of(model, train, 0.02, 80)
     # A user is among the items bought, which score high themselves: no fit is perfect.
     assert np.mean(losses[-5:]) < 0.5 * losses[0]
     assert (model.item_embedding.weight[0] == 0).all()

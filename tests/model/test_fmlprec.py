@@ -14,8 +14,9 @@ from recbole.data.interaction import Interaction
 from torch import Tensor
 
 from recbole_mm import quick_start
-from recbole_mm.model.fmlprec import FilterLayer, FMLPRec, to_the_right
-from tests.model.toy import keys, toy_data
+from recbole_mm.model.fmlprec import FilterLayer, FMLPRec
+from recbole_mm.model.layers.rows import to_the_right
+from tests.model.toy import keys, losses_of, toy_data
 
 L, D = 8, 4
 
@@ -107,15 +108,7 @@ def test_it_learns_eight_users(in_folder: Path, loss: str) -> None:
     if loss == "BPR":
         more["train_neg_sample_args"] = "{'distribution': 'uniform', 'sample_num': 1}"
     model, (train, _, _) = model_of(in_folder, [7] * 8, **more)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    losses = []
-    for _ in range(60):
-        for batch in train:
-            optimizer.zero_grad()
-            value = model.calculate_loss(batch)
-            value.backward()
-            optimizer.step()
-        losses.append(value.item())
+    losses = losses_of(model, train, 0.01, 60)
     assert np.mean(losses[-5:]) < 0.3 * losses[0]
 
 

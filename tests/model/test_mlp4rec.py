@@ -18,7 +18,7 @@ from recbole_mm.data.item_features import choose_item_features
 from recbole_mm.errors import UserError
 from recbole_mm.model.mlp4rec import CHANNELS, FIELDS, POSITIONS, Layer, Mixer, MLP4Rec
 from tests.data.atomic_data import random_interactions, write_atomic
-from tests.model.toy import keys, toy_data
+from tests.model.toy import keys, losses_of, toy_data
 
 L, D = 8, 4
 LENGTHS = [5, 9, 12] * 3
@@ -205,15 +205,7 @@ def test_no_target_is_read(in_folder: Path) -> None:
 @pytest.mark.parametrize("fields", [True, False])
 def test_it_learns_eight_users(in_folder: Path, fields: bool) -> None:
     model, (train, _, _) = model_of(in_folder, [7] * 8, fields, fresh=True, hidden_size=16)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    losses = []
-    for _ in range(80):
-        for batch in train:
-            optimizer.zero_grad()
-            value = model.calculate_loss(batch)
-            value.backward()
-            optimizer.step()
-        losses.append(value.item())
+    losses = losses_of(model, train, 0.01, 80)
     assert np.mean(losses[-5:]) < 0.3 * losses[0]
     assert all((embedding.weight[0] == 0).all() for embedding in embeddings(model))
 

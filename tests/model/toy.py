@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from recbole_mm.config import MMConfig
 from recbole_mm.data.preparation import create_dataset, data_preparation
 from tests.data.atomic_data import random_interactions
@@ -19,6 +21,20 @@ def keys(folder: Path, **more: Any) -> dict[str, Any]:
         "checkpoint_dir": str(folder / "saved"),
         **more,
     }
+
+
+def losses_of(model: Any, train: Any, learning_rate: float, epochs: int) -> list[float]:
+    """Trains a model; the loss of each epoch's last batch."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    losses = []
+    for _ in range(epochs):
+        for batch in train:
+            optimizer.zero_grad()
+            value = model.calculate_loss(batch)
+            value.backward()
+            optimizer.step()
+        losses.append(value.item())
+    return losses
 
 
 def toy_data(folder: Path, model: str, lengths: list[int], **more: Any) -> tuple[Any, Any]:
