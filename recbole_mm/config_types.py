@@ -15,6 +15,7 @@ NULL_KEYS: dict[str, tuple[type, ...]] = {
     "benchmark_filename": (list,),
     "train_neg_sample_args": (dict,),
     "selected_features": (list,),
+    "eval_users": (int,),
     "limit_users": (int,),
     "stages": (list,),
 }

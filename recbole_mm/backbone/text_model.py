@@ -105,6 +105,12 @@ class TextModel(nn.Module):
         self.before, self.after = _frame(tokenizer)
 
     @property
+    def width(self) -> int:
+        """Size of a text's vector: that of a state, but of a word embedding for OPT-350m."""
+        config: Any = self.model.config  # type: ignore[union-attr]
+        return int(getattr(config, "word_embed_proj_dim", config.hidden_size))
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device

@@ -8,6 +8,8 @@ from __future__ import annotations
 from logging import getLogger
 from typing import Any
 
+import numpy as np
+import torch
 from recbole.data.dataset import Dataset
 from recbole.data.utils import create_samplers, get_dataloader
 from recbole.sampler import KGSampler
@@ -56,7 +58,8 @@ def choose_train_mode(config: Any, model_class: type) -> str:
 def data_preparation(config: Any, dataset: Dataset, model_class: type) -> tuple[Any, Any, Any]:
     """Splits a dataset and makes its loaders.
 
-    Valid and test rows are the same in both training modes.
+    Valid and test rows are the same in both training modes; with ``eval_users`` they are those of
+    a sample of users, the same whatever the seed.
 
     Args:
         config: RecBole's configuration.
@@ -72,6 +75,7 @@ def data_preparation(config: Any, dataset: Dataset, model_class: type) -> tuple[
     mode = choose_train_mode(config, model_class)
     parts = dataset.build()
     _check_parts(config, parts)
+    _sample_users(config, parts)
     samplers = create_samplers(config, dataset, parts)
     if mode == "whole":
         train = _whole_loader(config, parts[0])
@@ -110,6 +114,25 @@ def _check_parts(config: Any, parts: list[Any]) -> None:
         "need with LS: valid_and_test: lower user_inter_num_interval and item_inter_num_interval, "
         "raise limit_users, or take other data."
     )
+
+
+def _sample_users(config: Any, parts: list[Any]) -> None:
+    """Leaves the rows of ``eval_users`` users in validation and test.
+
+    Raises:
+        UserError: less than 1 user is asked for.
+    """
+    size = config["eval_users"]
+    if size is None:
+        return
+    if size < 1:
+        raise UserError(f"eval_users is {size}: set it to 1 or more, or leave it out.")
+    field = config["USER_ID_FIELD"]
+    users = np.unique(parts[2].inter_feat[field].numpy())
+    kept = np.random.default_rng(0).permutation(users)[:size]
+    for part in parts[1:]:
+        rows = np.isin(part.inter_feat[field].numpy(), kept)
+        part.inter_feat = part.inter_feat[torch.from_numpy(rows)]
 
 
 def _prefix_loader(config: Any, dataset: Dataset, part: Dataset, sampler: Any) -> Any:

@@ -25,13 +25,12 @@ import torch
 from numpy.typing import NDArray
 from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import SequentialRecommender
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from recbole_mm.data.construction import MODES
 from recbole_mm.data.content import ItemContent
 from recbole_mm.errors import UserError
-from recbole_mm.model.layers.alignment import Alignment, InputAlignment
+from recbole_mm.model.layers.aligned_model import AlignedModel, AlignmentSettings
 from recbole_mm.model.layers.alignment_stage import AlignmentStage, TuningSettings
 from recbole_mm.model.layers.id_vectors import IdVectors, item_table
 from recbole_mm.model.layers.ranking import fuse
@@ -40,89 +39,10 @@ from recbole_mm.registry import get_model
 from recbole_mm.stage import Readout, Stage, StageSettings
 
 Ints = NDArray[np.int64]
-INJECT = ("prefix", "inputs", "project_inputs")
+INJECT = ("prefix", "inputs", "project_inputs", "concatenate")
+NEGATIVES = ("in_batch", "uniform")
 TUNE = ("alignment", "both", "language_model")
 SCORE_NORMS = ("none", "cosine")
-_FIRST_SCALE = 20.0  # of cosines
-
-
-class AlignedModel(nn.Module):
-    """A language model whose users and items are texts with ID vectors in them.
-
-    Args:
-        language_model: a `TextModel`.
-        id_size: D of the ID vectors.
-        config: of the model.
-
-    Attributes:
-        sides: the alignment of ``user`` and of ``item``.
-        contrasts: whether there are projected vectors in every layer to be contrasted.
-    """
-
-    def __init__(self, language_model: Any, id_size: int, config: Any) -> None:
-        super().__init__()
-        self.language_model = language_model
-        self.inject: str = config["inject"]
-        self.use_id: bool = config["use_id"]
-        self.tokens_at_once: int = config["score_tokens"]
-        trains = {"alignment": (True, False), "both": (True, True), "language_model": (False, True)}
-        has_prefix, self.trains_model = trains[config["tune"]]
-        if self.trains_model:
-            language_model.model.float().requires_grad_(True)
-        self.sides = nn.ModuleDict()
-        if has_prefix:
-            self.sides.update({side: self._side(id_size, config) for side in ("user", "item")})
-        self.contrasts = has_prefix and self.inject == "prefix" and self.use_id
-        self.log_scale: nn.Parameter | None = None
-        if config["score_norm"] == "cosine":
-            self.log_scale = nn.Parameter(torch.tensor(_FIRST_SCALE).log())
-
-    def train(self, mode: bool = True) -> AlignedModel:
-        """A frozen language model stays as it is evaluated, without dropout."""
-        super().train(mode)
-        if not self.trains_model:
-            self.language_model.eval()
-        return self
-
-    def _side(self, id_size: int, config: Any) -> nn.Module:
-        reads, n = self.language_model.reads, config["n_instructions"]
-        if self.inject == "prefix":
-            shared = config["projector"] == "shared"
-            return Alignment(reads.n_layers, id_size, reads.width, n, self.use_id, shared)
-        words = reads.word_embeddings
-        given = words.detach() if self.inject == "project_inputs" else None
-        return InputAlignment(id_size, words.shape[1], n, given)
-
-    @property
-    def scale(self) -> Tensor:
-        """Of a score: 1, or a learnt one of cosines. Shape: ()."""
-        return torch.ones(()) if self.log_scale is None else self.log_scale.exp()
-
-    def users(self, texts: Sequence[Ints], vectors: Tensor) -> Tensor:
-        """Vectors of users by their texts and standardised ID vectors. (B, D) -> (B, H)."""
-        return self._encode("user", texts, vectors)
-
-    def items(self, texts: Sequence[Ints], vectors: Tensor) -> Tensor:
-        """Vectors of items likewise. (B, D) -> (B, H)."""
-        return self._encode("item", texts, vectors)
-
-    def _encode(self, side: str, texts: Sequence[Ints], vectors: Tensor) -> Tensor:
-        """In groups of like length, so that little is padding."""
-        from recbole_mm.backbone.text_states import by_length
-
-        groups = by_length(texts, self.tokens_at_once)
-        parts = [self._group(side, [texts[row] for row in rows], vectors[rows]) for rows in groups]
-        order = torch.tensor([row for rows in groups for row in rows], device=vectors.device)
-        found = torch.cat(parts)[order.argsort()]
-        return F.normalize(found, dim=1) if self.log_scale is not None else found
-
-    def _group(self, side: str, texts: list[Ints], vectors: Tensor) -> Tensor:
-        batch = self.language_model.padded(texts)
-        if side not in self.sides:
-            return self.language_model.vectors(batch)  # type: ignore[no-any-return]
-        extra = self.sides[side](vectors)
-        how = {"prefix" if self.inject == "prefix" else "inputs": extra}
-        return self.language_model.vectors(batch, **how)  # type: ignore[no-any-return]
 
 
 class RARec(SequentialRecommender):
@@ -143,11 +63,13 @@ class RARec(SequentialRecommender):
         "tune": TUNE,
         "data_mode": MODES,
         "score_norm": SCORE_NORMS,
+        "negatives": NEGATIVES,
     }
     bounds: ClassVar[dict[str, tuple[float, float]]] = {
         "n_instructions": (0, inf),
         "n_samples": (1, inf),
         "temperature": (1e-3, inf),
+        "id_scale": (1e-3, inf),
         "align_weight": (0, inf),
         "max_user_tokens": (1, inf),
         "max_item_tokens": (1, inf),
@@ -187,7 +109,7 @@ class RARec(SequentialRecommender):
         model = load_text_model(spec, known, [config["task"]], self.seed)
         self.backbone_name = model.name
         id_size = _id_size(self.id_model, self.n_items)
-        self.aligned = AlignedModel(model, id_size, config)
+        self.aligned = AlignedModel(model, id_size, _alignment(config))
         self.texts = ItemTexts(
             model,
             lambda item: self.titles[item],
@@ -307,10 +229,19 @@ def _check(config: Any) -> None:
             "use_id is False: without ID vectors there is only inject: prefix with n_instructions "
             "of 1 or more."
         )
+    if config["inject"] == "concatenate" and config["tune"] != "alignment":
+        raise UserError(
+            "inject: concatenate reads vectors of a frozen language model: set tune to alignment."
+        )
 
 
 def _id_size(model: Any, n_items: int) -> int:
     return int(item_table(model, n_items).weight.shape[1])
+
+
+def _alignment(config: Any) -> AlignmentSettings:
+    keys = ("inject", "projector", "use_id", "n_instructions", "tune", "score_norm", "score_tokens")
+    return AlignmentSettings(*(config[key] for key in keys))
 
 
 def _tuning(config: Any) -> TuningSettings:
@@ -321,6 +252,8 @@ def _tuning(config: Any) -> TuningSettings:
         config["alignment_batch_size"],
         config["align_weight"],
         config["temperature"],
+        config["negatives"],
+        config["id_scale"],
     )
 
 

@@ -216,3 +216,31 @@ def test_train_mode_is_never_switched_silently(tmp_path: Path) -> None:
     config = whole(folder, loss_type="BPR", train_neg_sample_args=args)
     with pytest.raises(UserError, match="sampled negatives"):
         prepared(config, Causal)
+
+
+@pytest.mark.parametrize("model", ["SASRec", "BPR"])
+def test_eval_users_are_the_same_for_every_seed(tmp_path: Path, model: str) -> None:
+    """They are a sample of those who are tested otherwise, with the rows that they have there."""
+    folder = random_interactions(tmp_path / "toy", [6, 7, 8, 9] * 10)
+    args = {"distribution": "uniform", "sample_num": 1, "alpha": 1.0, "dynamic": False}
+
+    def rows(size: int | None, seed: int) -> list[set[tuple[int, int]]]:
+        sampling = args if model == "BPR" else None
+        keys = {"eval_users": size, "seed": seed, "train_neg_sample_args": sampling}
+        config = bare_config(model, folder, **keys)
+        tables = [loader._dataset.inter_feat for loader in prepared(config)]
+        return [set(zip(t["user_id"].tolist(), t["item_id"].tolist(), strict=True)) for t in tables]
+
+    everyone, some = rows(None, 1), rows(7, 1)
+    assert rows(7, 2) == some
+    assert some[0] == everyone[0]  # training is left alone
+    users = {user for user, _ in some[2]}
+    assert len(users) == 7
+    for part, whole in zip(some[1:], everyone[1:], strict=True):
+        assert part == {row for row in whole if row[0] in users}
+
+
+def test_no_eval_users_is_an_error(tmp_path: Path) -> None:
+    folder = random_interactions(tmp_path / "toy", [6] * 10)
+    with pytest.raises(UserError, match="eval_users is 0"):
+        prepared(bare_config("SASRec", folder, eval_users=0))

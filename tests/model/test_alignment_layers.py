@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from recbole_mm.model.layers.alignment import INIT_STD, Alignment, InputAlignment, bpr, info_nce
+from recbole_mm.model.layers.alignment import (
+    INIT_STD,
+    Alignment,
+    Concatenation,
+    InputAlignment,
+    bpr,
+    in_batch_softmax,
+    info_nce,
+)
 
 N, B, D, H = 3, 4, 5, 6
 
@@ -110,3 +118,50 @@ def test_info_nce_is_the_corrected_equations_14_and_15(ids: list[int]) -> None:
     expected = naive_info_nce(p, t, ids, 0.5)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, p)[0])
+
+
+def test_in_batch_softmax_leaves_out_what_the_user_took() -> None:
+    scores = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    log_share = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64))
+    taken = torch.eye(4, dtype=torch.bool)
+    taken[0, 2] = taken[3, 1] = True
+    expected = torch.zeros((), dtype=torch.float64)
+    for row in range(4):
+        rivals = [j for j in range(4) if j == row or not taken[row, j]]
+        odds = (scores[row, rivals] - log_share[rivals]).exp()
+        own = (scores[row, row] - log_share[row]).exp()
+        expected = expected - torch.log(own / odds.sum()) / 4
+    found = in_batch_softmax(scores, log_share, taken)
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found, scores, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, scores)[0])
+    assert gradient[0, 2] == 0
+
+
+def test_in_batch_softmax_finds_probabilities_whatever_the_samples_are_drawn_by() -> None:
+    """Samples drawn evenly over popularity teach the same scores as samples drawn as they come."""
+    rng = torch.Generator().manual_seed(0)
+    likes = torch.tensor([[0.6, 0.2, 0.1, 0.1], [0.1, 0.2, 0.2, 0.5]])  # p(item | user)
+    share = likes.mean(dim=0)
+    for drawn_by in (torch.ones(4), 1 / share):
+        of_pairs = (likes * drawn_by).flatten()
+        table = torch.zeros(2, 4, requires_grad=True)
+        optimizer = torch.optim.Adam([table], lr=0.05)
+        for _ in range(150):
+            pairs = torch.multinomial(of_pairs, 512, replacement=True, generator=rng)
+            users, items = pairs // 4, pairs % 4
+            never = torch.zeros(512, 512, dtype=torch.bool)
+            loss = in_batch_softmax(table[users][:, items], share.log()[items], never)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        torch.testing.assert_close(table.softmax(dim=1).detach(), likes, atol=0.06, rtol=0)
+
+
+def test_concatenation_reads_both() -> None:
+    network = Concatenation(3, 5)
+    vectors, texts = torch.randn(2, 3), torch.randn(2, 5)
+    found = network(vectors, texts)
+    assert found.shape == (2, 5)
+    assert not torch.allclose(network(vectors + 1, texts), found)
+    assert not torch.allclose(network(vectors, texts + 1), found)

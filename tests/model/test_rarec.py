@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from recbole_mm.config import MMConfig
 from recbole_mm.errors import UserError
-from recbole_mm.model.layers.id_vectors import IdVectors, item_table
+from recbole_mm.model.layers.id_vectors import IdVectors, item_table, padded
 from recbole_mm.model.rarec import RARec
 from recbole_mm.quick_start import Data, build_model, prepare_data, run
 from recbole_mm.trainer.run import Run
@@ -113,19 +113,52 @@ def test_a_row_alone_scores_as_among_others(shop: Shop) -> None:
     torch.testing.assert_close(alone[0], together[11], rtol=1e-4, atol=1e-5)
 
 
-def test_the_loss_is_equation_16(shop: Shop) -> None:
+def by_equation_13(
+    model: RARec, histories: list[list[int]], liked: list[int], other: list[int]
+) -> torch.Tensor:
+    total = torch.zeros(())
+    for history, a, b in zip(histories, liked, other, strict=True):
+        better = one_by_one(model, [a], "item") - one_by_one(model, [b], "item")
+        total = total - torch.log(torch.sigmoid(one_by_one(model, history) @ better))
+    return total / len(histories)
+
+
+def by_softmax(
+    model: RARec,
+    histories: list[list[int]],
+    liked: list[int],
+    owners: list[np.ndarray],
+    trained: np.ndarray,
+) -> torch.Tensor:
+    """A sample's item against those of the others, but for what its user took."""
+    total = torch.zeros(())
+    for history, item, taken in zip(histories, liked, owners, strict=True):
+        user = one_by_one(model, history)
+        rivals = [item, *(other for other in liked if other not in taken)]
+        logits = [
+            user @ one_by_one(model, [i], "item") - np.log((trained == i).mean()) for i in rivals
+        ]
+        total = total + torch.stack(logits).logsumexp(0) - logits[0]
+    return total / len(histories)
+
+
+@pytest.mark.parametrize("negatives", ["uniform", "in_batch"])
+def test_the_loss_is_equation_16(
+    shop: Shop, negatives: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, stage = shop.model, shop.stage
+    monkeypatch.setattr(stage, "tuning", replace(stage.tuning, negatives=negatives))
     batch = stage.plan(0)[0]
     found = stage.loss(batch)
-    rng = np.random.default_rng(batch.seed)
-    liked = stage.sequences.items[stage.samples.place[batch.samples]]
-    other = stage._negatives(batch.samples, rng)
+    liked = stage.sequences.items[stage.samples.place[batch.samples]].tolist()
     histories = [stage._history(row).tolist() for row in batch.samples]
-    ranking = torch.zeros(())
-    for history, a, b in zip(histories, liked, other, strict=True):
-        user = one_by_one(model, history)
-        better = user @ (one_by_one(model, [int(a)], "item") - one_by_one(model, [int(b)], "item"))
-        ranking = ranking - torch.log(torch.sigmoid(better)) / len(histories)
+    if negatives == "uniform":
+        other = stage._negatives(batch.samples, np.random.default_rng(batch.seed)).tolist()
+        ranking = by_equation_13(model, histories, liked, other)
+    else:
+        other = []
+        owners = [stage.sequences[int(row)] for row in stage.samples.owner[batch.samples]]
+        ranking = by_softmax(model, histories, liked, owners, stage.sequences.items)
 
     def text_states(text: np.ndarray) -> torch.Tensor:
         ids = torch.from_numpy(text)[None]
@@ -146,7 +179,7 @@ def test_the_loss_is_equation_16(shop: Shop) -> None:
     owners = stage.sequences.users[stage.samples.owner[batch.samples]].tolist()
     u = model.ids.users([np.array(h) for h in histories])
     users = contrast("user", u, [model.texts.history(h) for h in histories], owners)
-    items = sorted({*liked.tolist(), *other.tolist()})
+    items = sorted({*liked, *other})
     texts = [model.texts.item(item) for item in items]
     expected = ranking + 0.1 * (users + contrast("item", model.item_ids[items], texts, items))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)  # texts are kept in float16
@@ -230,6 +263,8 @@ VARIANTS = [
     {"n_instructions": 0},
     {"inject": "inputs"},
     {"inject": "project_inputs"},
+    {"inject": "concatenate"},
+    {"negatives": "uniform"},
     {"tune": "both"},
     {"tune": "language_model"},
     {"score_norm": "cosine"},
@@ -271,10 +306,40 @@ def test_texts_that_training_never_saw_have_no_vector(shop: Shop) -> None:
     assert users[1].abs().sum() > 0
 
 
-def test_id_vectors_give_the_models_own_order(shop: Shop) -> None:
-    """Their unscaled product is the score, but for the items' bias."""
-    table = item_table(shop.model.id_model, shop.model.n_items)
-    assert table is shop.model.id_model.encoder.item_embedding
+def test_id_vectors_keep_the_models_own_order(shop: Shop) -> None:
+    model, n = shop.model, shop.model.n_items
+    assert item_table(model.id_model, n) is model.id_model.encoder.item_embedding
+    ids = IdVectors(model.id_model, torch.arange(n) > 0, scale=3.0)
+    histories = [np.array([1, 2]), np.array([3]), np.array([5, 6, 7])]
+    ids.fit(histories)
+    users, items = ids.users(histories), ids.items()[1:]
+    for vectors in (users, items):
+        torch.testing.assert_close(vectors.square().mean().sqrt(), torch.tensor(3.0))
+    rows, lengths = padded(histories, model.max_seq_length)
+    states = model.id_model.forward(rows, lengths)
+    products = states @ item_table(model.id_model, n).weight[1:n].T
+    ours = users @ items.T
+    ours, products = (x - x.mean(dim=1, keepdim=True) for x in (ours, products))
+    ratio = ours.norm() / products.norm()
+    torch.testing.assert_close(ours, products * ratio, rtol=1e-3, atol=1e-4)
+
+
+def test_both_sides_begin_as_one(mini: Path, in_folder: Path) -> None:
+    """So that before any step the ID vectors' product is most of what the prefixes bring in."""
+    model = shop_of(mini, in_folder, id_scale=15.0).model
+    sides = model.aligned.sides
+    torch.testing.assert_close(dict(sides["user"].state_dict()), dict(sides["item"].state_dict()))
+    generator = torch.Generator().manual_seed(0)
+    vectors = 15 * torch.randn(24, model.ids.size, generator=generator)
+    text = [model.texts.item(1)] * len(vectors)
+    with torch.no_grad():
+        users, items = model.aligned.users(text, vectors), model.aligned.items(text, vectors)
+
+    def alone(scores: torch.Tensor) -> torch.Tensor:  # what is due to the pair
+        return scores - scores.mean(0) - scores.mean(1, keepdim=True) + scores.mean()
+
+    pairs = torch.stack([alone(users @ items.T).flatten(), alone(vectors @ vectors.T).flatten()])
+    assert torch.corrcoef(pairs)[0, 1] > 0.5
 
 
 def test_text_states_are_computed_once(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,6 +388,7 @@ def test_mistakes_get_one_sentence(mini: Path, in_folder: Path) -> None:
         ({"attributes": ["plot"]}, "set attributes to columns it has"),
         ({"use_id": False, "n_instructions": 0}, "use_id is False"),
         ({"use_id": False, "inject": "inputs"}, "use_id is False"),
+        ({"inject": "concatenate", "tune": "both"}, "set tune to alignment"),
     ):
         with pytest.raises(UserError, match=says):
             shop_of(mini, in_folder, **changes)

@@ -90,6 +90,26 @@ class InputAlignment(nn.Module):
         return torch.cat([instructions, found[:, None]], dim=1)
 
 
+class Concatenation(nn.Module):
+    """The control that injects nothing: a network over an ID vector beside the vector of a text.
+
+    Args:
+        id_size: D of the ID vectors.
+        width: H of the texts' vectors.
+    """
+
+    def __init__(self, id_size: int, width: int) -> None:
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Linear(id_size + width, width), nn.GELU(), nn.Linear(width, width)
+        )
+
+    def forward(self, vectors: Tensor, texts: Tensor) -> Tensor:
+        """(B, D), (B, H) -> (B, H)."""
+        found: Tensor = self.network(torch.cat([vectors, texts], dim=1))
+        return found
+
+
 def bpr(liked: Tensor, other: Tensor) -> Tensor:
     """Equation 13 as a loss: minus the mean log probability that the liked item scores higher.
 
@@ -98,6 +118,27 @@ def bpr(liked: Tensor, other: Tensor) -> Tensor:
         other: scores of others. Shape: (B,).
     """
     return -F.logsigmoid(liked - other).mean()
+
+
+def in_batch_softmax(scores: Tensor, log_share: Tensor, taken: Tensor) -> Tensor:
+    """Cross entropy of the item that followed among those that followed the batch's samples.
+
+    The others of a batch tell how well an item fits beyond its popularity: the logarithm of its
+    share of all training positions is taken off its score, which then holds both, however even
+    over popularity the samples were drawn (after Yi et al., "Sampling-Bias-Corrected Neural
+    Modeling for Large Corpus Item Recommendations", RecSys 2019, section 3).
+
+    Args:
+        scores: of users and the samples' items; the diagonal's are those that followed. (B, B)
+        log_share: of all training positions, by item. Shape: (B,).
+        taken: whether the user took the item at any time: then it is no negative. Shape: (B, B).
+
+    Returns:
+        The mean over users. Shape: ().
+    """
+    right = torch.arange(len(scores), device=scores.device)
+    never = taken & (right[:, None] != right)
+    return F.cross_entropy((scores - log_share).masked_fill(never, -torch.inf), right)
 
 
 def info_nce(aligned: Tensor, texts: Tensor, ids: Tensor, temperature: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recbole_mm.data.construction import construct
 from recbole_mm.data.sequences import UserSequences, epoch_plan
-from recbole_mm.model.layers.alignment import bpr, info_nce
+from recbole_mm.model.layers.alignment import bpr, in_batch_softmax, info_nce
 from recbole_mm.model.layers.id_vectors import IdVectors
 from recbole_mm.model.layers.ranking import choose_alpha
 from recbole_mm.stage import Stage, StageContext, StageSettings, UnfitWeightsError, seeded_rows
@@ -37,6 +37,8 @@ class TuningSettings:
         batch_size: samples a plan entry.
         align_weight: lambda of equation 16.
         temperature: tau of equations 14 and 15.
+        negatives: ``uniform``: one item a sample (equation 13); ``in_batch``: the batch's others.
+        id_scale: root mean square of an entry of the ID vectors.
     """
 
     data_mode: str
@@ -45,6 +47,8 @@ class TuningSettings:
     batch_size: int
     align_weight: float
     temperature: float
+    negatives: str
+    id_scale: float
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,20 @@ class TuningBatch:
 
     samples: Ints
     seed: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A batch and its scores: texts and ID vectors of B users and of the n items."""
+
+    rows: Ints  # (B,)
+    texts: list[Ints]
+    u: Tensor  # (B, D)
+    known: Ints  # (n,)
+    item_texts: list[Ints]
+    i: Tensor  # (n, D)
+    scores: Tensor  # (B, n)
+    columns: Ints  # of the items that followed, then of those drawn. (B,) or (2B,)
 
 
 class AlignmentStage(Stage):
@@ -85,11 +103,13 @@ class AlignmentStage(Stage):
             model.seed,
             tuning.n_buckets,
         )
+        counts = np.bincount(self.sequences.items, minlength=model.n_items)
+        self._warm = torch.from_numpy(counts > 0)
+        self._log_share = torch.from_numpy(np.log(counts.clip(min=1) / counts.sum()))
 
     def prepare(self, context: StageContext) -> None:
         """Scales the ID vectors, and computes every frozen text state once."""
-        counts = np.bincount(self.sequences.items, minlength=self.model.n_items)
-        ids = IdVectors(self.model.id_model, torch.from_numpy(counts > 0))
+        ids = IdVectors(self.model.id_model, self._warm, self.tuning.id_scale)
         some = seeded_rows(len(self.samples), _TO_SCALE, context.seed)
         rows = np.arange(len(self.samples)) if some is None else some.numpy()
         ids.fit([self._history(int(row)) for row in rows])
@@ -135,28 +155,44 @@ class AlignmentStage(Stage):
 
     def loss(self, batch: TuningBatch) -> Tensor:
         """Equation 16. Shape: ()."""
-        model = self.model
-        model.forget()
-        rows = batch.samples
-        liked = self.sequences.items[self.samples.place[rows]]  # (B,)
-        other = self._negatives(rows, np.random.default_rng(batch.seed))  # (B,)
-        histories = [self._history(row) for row in rows]
-        texts = [model.texts.history(history) for history in histories]
-        u = model.ids.users(histories)  # (B, D)
-        users = model.aligned.users(texts, u)  # (B, H)
-        known, at = np.unique(np.concatenate([liked, other]), return_inverse=True)
-        item_texts = [model.texts.item(item) for item in known.tolist()]
-        i = model.item_ids[torch.from_numpy(known).to(u.device)]  # (n, D)
-        items = model.aligned.items(item_texts, i)[torch.from_numpy(at).to(u.device)]  # (2B, H)
-        scores = (users.repeat(2, 1) * items).sum(1) * model.aligned.scale
-        loss = bpr(*scores.chunk(2))
+        self.model.forget()
+        read = self._read(batch)
+        loss = self._ranking(read)
         if not self._contrasts:
             return loss
-        owners = self.sequences.users[self.samples.owner[rows]]
+        owners = self.sequences.users[self.samples.owner[read.rows]]
         return loss + self.tuning.align_weight * (
-            self._contrast("user", u, texts, torch.from_numpy(owners))
-            + self._contrast("item", i, item_texts, torch.from_numpy(known))
+            self._contrast("user", read.u, read.texts, torch.from_numpy(owners))
+            + self._contrast("item", read.i, read.item_texts, torch.from_numpy(read.known))
         )
+
+    def _read(self, batch: TuningBatch) -> _Read:
+        """One forward pass over the users and the items of a batch, equal items once."""
+        model, rows = self.model, batch.samples
+        items = self.sequences.items[self.samples.place[rows]]  # (B,)
+        if self.tuning.negatives == "uniform":
+            drawn = self._negatives(rows, np.random.default_rng(batch.seed))
+            items = np.concatenate([items, drawn])  # (2B,)
+        known, columns = np.unique(items, return_inverse=True)
+        histories = [self._history(row) for row in rows]
+        texts = [model.texts.history(history) for history in histories]
+        item_texts = [model.texts.item(item) for item in known.tolist()]
+        u = model.ids.users(histories)  # (B, D)
+        i = model.item_ids[torch.from_numpy(known).to(u.device)]  # (n, D)
+        users, found = model.aligned.users(texts, u), model.aligned.items(item_texts, i)
+        scores = users @ found.T * model.aligned.scale  # (B, n)
+        return _Read(rows, texts, u, known, item_texts, i, scores, columns)
+
+    def _ranking(self, read: _Read) -> Tensor:
+        """Equation 13, or a softmax over all that the forward pass has read. Shape: ()."""
+        columns = torch.from_numpy(read.columns).to(read.scores.device)
+        if self.tuning.negatives == "uniform":
+            return bpr(*read.scores.gather(1, columns.view(2, -1).T).T)
+        items, owners = read.known[read.columns], self.samples.owner[read.rows]  # (B,)
+        taken = np.stack([np.isin(items, self.sequences[int(owner)]) for owner in owners])
+        log_share = self._log_share[torch.from_numpy(items)].to(read.scores)
+        scores = read.scores[:, columns]  # (B, B)
+        return in_batch_softmax(scores, log_share, torch.from_numpy(taken).to(scores.device))
 
     def _contrast(self, side: str, vectors: Tensor, texts: list[Ints], ids: Tensor) -> Tensor:
         """Equation 14 or 15. Shape: ()."""

@@ -29,45 +29,45 @@ def padded(histories: list[Ints], length: int) -> tuple[Tensor, Tensor]:
 class IdVectors:
     """User and item vectors whose product is the model's score, but for a bias an item.
 
-    They are standardised: no dimension is larger than another, or than another model's. What the
-    model has learnt nothing of, an item that training never saw or a history of such alone, has
-    the zero vector, which is the mean.
+    Users' are divided by one number, and items' mean is taken off before theirs are, so that none
+    are larger than another model's. Both keep a user's order of items; to centre or to scale each
+    dimension would not: the mean user's vector is what makes popular items score high.
+    What the model has learnt nothing of, an item that training never saw or a history of such
+    alone, has the zero vector.
 
     Args:
         model: any of RecBole's sequential models or ours; stays as it is.
         warm: whether training has the item. Shape: (V,).
+        scale: root mean square of an entry of the vectors given.
     """
 
-    def __init__(self, model: Any, warm: Tensor) -> None:
-        self.model, self.warm = model, warm
+    def __init__(self, model: Any, warm: Tensor, scale: float = 1.0) -> None:
+        self.model, self.warm, self.scale = model, warm, scale
         self._table = item_table(model, len(warm))
         self.size = int(self._table.weight.shape[1])
-        self._user_scale: tuple[Tensor, Tensor] | None = None
+        self._user_scale: Tensor | None = None
 
     def fit(self, histories: list[Ints]) -> None:
-        """Takes mean and deviation of users' vectors from these histories."""
-        found = torch.cat(
-            [self._raw(histories[i : i + 512]) for i in range(0, len(histories), 512)]
-        )
-        self._user_scale = _scale(found)
+        """Takes the size of users' vectors from these histories."""
+        found = [self._raw(histories[i : i + 512]) for i in range(0, len(histories), 512)]
+        self._user_scale = self.scale / _size(torch.cat(found))
 
     @torch.no_grad()
     def users(self, histories: list[Ints]) -> Tensor:
-        """Standardised vectors of users with these histories, oldest item first. Shape: (B, D)."""
+        """Scaled vectors of users with these histories, oldest item first. Shape: (B, D)."""
         if self._user_scale is None:
             raise ValueError("fit first")
-        mean, deviation = self._user_scale
         is_known = [bool(self.warm[torch.from_numpy(np.asarray(h))].any()) for h in histories]
-        known = torch.tensor(is_known, device=mean.device)[:, None]
-        return torch.where(known, (self._raw(histories) - mean) / deviation, 0.0)
+        known = torch.tensor(is_known, device=self._user_scale.device)[:, None]
+        return torch.where(known, self._raw(histories) * self._user_scale, 0.0)
 
     @torch.no_grad()
     def items(self) -> Tensor:
-        """Standardised vectors of all items. Shape: (V, D)."""
+        """Centred and scaled vectors of all items. Shape: (V, D)."""
         table = self._table.weight[: len(self.warm)].detach()
         warm = self.warm.to(table.device)
-        mean, deviation = _scale(table[warm])
-        return torch.where(warm[:, None], (table - mean) / deviation, 0.0)
+        centred = table - table[warm].mean(dim=0)
+        return torch.where(warm[:, None], centred * (self.scale / _size(centred[warm])), 0.0)
 
     @torch.no_grad()
     def _raw(self, histories: list[Ints]) -> Tensor:
@@ -78,10 +78,9 @@ class IdVectors:
         return found
 
 
-def _scale(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each dimension; one that never varies is left as it is."""
-    deviation = vectors.std(dim=0, correction=0)
-    return vectors.mean(dim=0), torch.where(deviation > 1e-6, deviation, 1.0)
+def _size(vectors: Tensor) -> Tensor:
+    """Root mean square of the entries. Shape: ()."""
+    return vectors.square().mean().sqrt().clamp(min=1e-6)
 
 
 @torch.no_grad()
