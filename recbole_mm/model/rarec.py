@@ -9,7 +9,9 @@ Differs from the paper:
 - Contrasted are the projected vector p and the mean text state that enters the layer; the paper
   leaves open what is pooled.
 - A user's ID vector is that of the sample's own history, never of a later one.
-- ID vectors are standardised, so that an alignment does not depend on the ID model's scale.
+- ID vectors are scaled, each side by one number, so that an alignment does not depend on the ID
+  model's scale; both sides' projectors begin alike, so that their product is near the ID model's.
+- ``negatives: in_batch``, the default: a softmax over the batch instead of equation 13's one other.
 - Trained are 1,216,512 parameters at the paper's sizes (its 18,432 are the instructions alone).
 """
 
@@ -156,7 +158,7 @@ class RARec(SequentialRecommender):
 
     @property
     def item_ids(self) -> Tensor:
-        """Standardised ID vectors of all items. Shape: (V, D)."""
+        """Scaled ID vectors of all items. Shape: (V, D)."""
         if self._item_ids is None:
             self._item_ids = self.ids.items()
         return self._item_ids

@@ -97,7 +97,7 @@ class AlignedModel(nn.Module):
         return torch.ones(()) if self.log_scale is None else self.log_scale.exp()
 
     def users(self, texts: Sequence[Ints], vectors: Tensor) -> Tensor:
-        """Vectors of users by their texts and standardised ID vectors. (B, D) -> (B, H)."""
+        """Vectors of users by their texts and scaled ID vectors. (B, D) -> (B, H)."""
         return self._encode("user", texts, vectors)
 
     def items(self, texts: Sequence[Ints], vectors: Tensor) -> Tensor:
