@@ -60,6 +60,7 @@ def check_values(model: str, model_class: Any, given: Final) -> None:
     """
     _check_numbers(given)
     _check_names_of_metrics(given)
+    _check_slices(given.get("history_slices") or [])
     _check_eval_args(given["eval_args"])
     _check_intervals(given)
     _check_loss(model, model_class, given)
@@ -92,6 +93,15 @@ def _check_names_of_metrics(given: Final) -> None:
     for k in given["topk"]:
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise UserError(f"topk: expected whole numbers above 0 such as [5, 10], got {k!r}.")
+
+
+def _check_slices(edges: list[Any]) -> None:
+    whole = all(isinstance(edge, int) and not isinstance(edge, bool) for edge in edges)
+    if not whole or any(low >= high for low, high in zip([0, *edges], edges, strict=False)):
+        raise UserError(
+            f"history_slices: expected ascending whole numbers above 0 such as [30, 50], "
+            f"got {edges}."
+        )
 
 
 def _check_eval_args(eval_args: Mapping[str, Any]) -> None:

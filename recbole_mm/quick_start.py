@@ -16,12 +16,14 @@ from recbole_mm import compat, machine, registry
 from recbole_mm.config import VOLATILE_KEYS, MMConfig, parse_value
 from recbole_mm.errors import UserError, nearest
 from recbole_mm.report.places import PLACES, write_places
-from recbole_mm.report.slices import warm_and_cold
+from recbole_mm.report.slices import by_history, warm_and_cold
 from recbole_mm.trainer.checkpoint import write_json
 from recbole_mm.trainer.run import Run, check_given, check_same, earlier_run, same_run
 
 # What a trained run can be evaluated with, beside the keys that change no number at all.
-_MEASURES = ("mask_history", "eval_candidates", "metrics", "topk", "valid_metric")
+_MEASURES = (
+    *("mask_history", "eval_candidates", "metrics", "topk", "valid_metric", "history_slices"),
+)
 _RANKER_AT_WORK = (
     "fusion",
     "candidate_order",
@@ -139,14 +141,41 @@ def load(folder: str, overrides: Mapping[str, Any] | None = None) -> dict[str, A
     Raises:
         UserError: there is no such run, it is not finished, or a key would change its weights.
     """
+    place, config = _finished(folder, overrides or {})
+    return _work(config, place, train=False)
+
+
+def trained(folder: str, overrides: Mapping[str, Any] | None = None) -> tuple[Data, Any]:
+    """The data of a finished run of a model of ours, and the model with its best weights.
+
+    Args:
+        folder: as `load` takes it.
+        overrides: likewise.
+
+    Raises:
+        UserError: as `load`.
+    """
+    from recbole_mm.trainer.staged import StagedTrainer
+
+    place, config = _finished(folder, overrides or {})
+    _start_logging(config)
+    data = prepare_data(config)
+    model = build_model(config, data)
+    StagedTrainer(config, model, place).load(data.train, data.valid)
+    model.eval()
+    return data, model
+
+
+def _finished(folder: str, overrides: Mapping[str, Any]) -> tuple[Run, MMConfig]:
+    """A finished run, and its configuration with some keys laid over it."""
     place = Run.open(Path(folder))
     if place.state["status"] != "finished":
         raise UserError(f"--load: {folder} is not finished: go on with it by --resume={folder}.")
-    _refuse_new_weights(place.config(), overrides or {})
+    _refuse_new_weights(place.config(), overrides)
     stages = {}
     if getattr(registry.get_model(place.config()["model"]), "stage_names", ()):
         stages["stages"] = [name for name in place.state["stages"] if place.is_done(name)]
-    return _work(_config_of(place, {**stages, **(overrides or {})}), place, train=False)
+    return place, _config_of(place, {**stages, **overrides})
 
 
 def _config_of(place: Run, overrides: Mapping[str, Any]) -> MMConfig:
@@ -216,8 +245,7 @@ def _work(
     rows, trainer = (_staged if is_staged(model) else _zoo)(config, model, data, place, train)
     places = {row["name"]: row.pop("places") for row in rows}
     for row in rows:
-        parts = (data.train._dataset, data.test._dataset)
-        row["slices"] = warm_and_cold(*parts, places[row["name"]], list(row["test"]))
+        row["slices"] = _slices(config, data, places[row["name"]], list(row["test"]))
     result = _result(config, place, model, data, trainer, rows, time.perf_counter() - started)
     if train:
         write_places(place.folder / PLACES, data.dataset, places)
@@ -225,6 +253,15 @@ def _work(
         place.finish()
     logger.info(f"Run folder: {place.folder}")
     return result
+
+
+def _slices(config: MMConfig, data: Data, found: Any, metrics: list[str]) -> dict[str, Any]:
+    """The metrics on parts of the test users."""
+    train, test = data.train._dataset, data.test._dataset
+    return {
+        **warm_and_cold(train, test, found, metrics),
+        **by_history(test, found, metrics, config["history_slices"] or ()),
+    }
 
 
 def _start_logging(config: MMConfig) -> None:

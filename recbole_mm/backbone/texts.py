@@ -22,6 +22,9 @@ class ItemTexts:
         task: our sentence before a history.
         max_user_tokens: of a history's text, special tokens among them.
         max_item_tokens: of an item's text, likewise; in a history the same without them.
+
+    Attributes:
+        cut: the items whose text was longer than its budget, of those read so far.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class ItemTexts:
                 f"{len(self._task) + frame}: raise it, or shorten task."
             )
         self._pieces: dict[int, list[int]] = {}
+        self.cut: set[int] = set()
 
     def item(self, item: int) -> Ids:
         """The item's text alone. Shape: (T,)."""
@@ -72,10 +76,18 @@ class ItemTexts:
     def _piece(self, item: int) -> list[int]:
         """The tokens of an item's text, encoded once."""
         if item not in self._pieces:
-            text = self._text(item)
-            room = self._item_room
-            self._pieces[item] = self._model.encoder.words(text, room) if text else []
+            self._pieces[item] = self._encoded(item, self._item_room)
         return self._pieces[item]
+
+    def _encoded(self, item: int, room: int) -> list[int]:
+        text = self._text(item)
+        if not text:
+            return []
+        ids = self._model.encoder.words(text, room + 1)
+        if len(ids) <= room:
+            return ids
+        self.cut.add(item)
+        return self._model.encoder.words(text, room)
 
     def _framed(self, ids: Sequence[int]) -> Ids:
         return np.array([*self._model.before, *ids, *self._model.after], dtype=np.int64)

@@ -266,10 +266,16 @@ def _attributes(config: Any, content: ItemContent) -> list[str]:
         UserError: it has none.
     """
     found = [name for name in config["attributes"] if name in content.attributes]
+    path = content.path("text")
+    if not path.is_file():
+        raise UserError(
+            f"This model reads texts, but there is no {path}: make the dataset with one (python -m "
+            "dataset_tools table --items FILE, or a converter of its source)."
+        )
     if not found:
         raise UserError(
             f"The language model reads {', '.join(config['attributes'])}, but "
-            f"{content.path('text')} has none of them: set attributes to columns it has."
+            f"{path} has none of them: set attributes to columns it has."
         )
     return found
 

@@ -199,6 +199,7 @@ class StageLoop:
         checkpoint = read_checkpoint(folder, self.trainer.device)
         key = f"{self.stage.name}_from"
         if self.stage.of_items:
+            _check_dataset(key, checkpoint, self.trainer, folder)
             check_items(checkpoint, self.trainer.items, folder)
             _check_split(key, checkpoint.config, self.trainer.config.settings(), folder)
         try:
@@ -412,6 +413,16 @@ class StageLoop:
             total = per_epoch * self.settings.epochs
             self._steps = min(total, self.settings.max_steps or total)
         return self._steps
+
+
+def _check_dataset(key: str, checkpoint: Checkpoint, trainer: StagedTrainer, folder: Path) -> None:
+    """Raises `UserError` for weights of another dataset with other items."""
+    theirs, ours = checkpoint.config.get("dataset"), trainer.config["dataset"]
+    if theirs != ours and list(checkpoint.items) != list(trainer.items):
+        raise UserError(
+            f"{key}: {folder} was trained on {theirs}, whose items are not those of {ours}: name a "
+            f"run on {ours}."
+        )
 
 
 def _check_split(

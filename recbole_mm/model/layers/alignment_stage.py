@@ -104,11 +104,12 @@ class AlignmentStage(Stage):
             tuning.n_buckets,
         )
         counts = np.bincount(self.sequences.items, minlength=model.n_items)
+        self._show_progress = False
         self._warm = torch.from_numpy(counts > 0)
         self._log_share = torch.from_numpy(np.log(counts.clip(min=1) / counts.sum()))
 
     def prepare(self, context: StageContext) -> None:
-        """Scales the ID vectors, and computes every frozen text state once."""
+        """Scales the ID vectors."""
         ids = IdVectors(self.model.id_model, self._warm, self.tuning.id_scale)
         some = seeded_rows(len(self.samples), _TO_SCALE, context.seed)
         rows = np.arange(len(self.samples)) if some is None else some.numpy()
@@ -116,12 +117,7 @@ class AlignmentStage(Stage):
         self.model.take_ids(ids)
         path = context.run_dir / MANIFEST
         path.write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
-        is_trained = self.settings.weights_from is None and self.settings.epochs > 0
-        if is_trained and self._contrasts:
-            read = self.model.texts
-            texts = [read.history(self._history(row)) for row in range(len(self.samples))]
-            items = [read.item(item) for item in range(1, self.model.n_items)]
-            self.model.text_states.fill([*texts, *items], context.show_progress)
+        self._show_progress = context.show_progress
 
     @property
     def _contrasts(self) -> bool:
@@ -146,12 +142,21 @@ class AlignmentStage(Stage):
 
     def plan(self, epoch: int) -> list[TuningBatch]:
         """Batches of samples with histories of like length, which have texts of like length."""
+        if self._contrasts:
+            self._fill_states()
         lengths = np.minimum(self.samples.length, self.model.max_seq_length)
         batches = epoch_plan(lengths, self.tuning.batch_size, self.model.seed, epoch)
         return [
             TuningBatch(batch, (self.model.seed, epoch, number))
             for number, batch in enumerate(batches)
         ]
+
+    def _fill_states(self) -> None:
+        """Computes every frozen text state once; what is kept already costs nothing."""
+        read = self.model.texts
+        texts = [read.history(self._history(row)) for row in range(len(self.samples))]
+        items = [read.item(item) for item in range(1, self.model.n_items)]
+        self.model.text_states.fill([*texts, *items], self._show_progress)
 
     def loss(self, batch: TuningBatch) -> Tensor:
         """Equation 16. Shape: ()."""
@@ -256,6 +261,7 @@ class AlignmentStage(Stage):
             "fusion_alpha": str(model.alpha),
             "fusion_ndcg@10": {str(alpha): round(value, 6) for alpha, value in tried.items()},
             "samples": self.manifest,
+            "cut_texts": len(self.model.texts.cut),
         }
 
     def restore(self, finished: Mapping[str, Any]) -> None:
