@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from recbole_mm.errors import UserError
+from recbole_mm.machine import give_back_memory
 from recbole_mm.stage import (
     ONLY_STAGE,
     Stage,
@@ -365,6 +366,7 @@ class StageLoop:
             best_valid=position.best_score if position.best_valid_result else None,
         )
         self.saved_at = time.monotonic()
+        give_back_memory()
 
     def _save(self, name: str, optimizer: dict[str, Any] | None) -> None:
         state = {"stage": self.stage.name, **asdict(self.position)}
