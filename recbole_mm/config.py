@@ -7,7 +7,6 @@ import ast
 import hashlib
 import importlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from recbole_mm.errors import UserError, nearest
 from recbole_mm.paths import properties_dir, property_file, recipe_or_path
 from recbole_mm.registry import MENDED, MODELS, get_model, model_names, zoo_models
 from recbole_mm.stage import STAGE_KEYS
+from recbole_mm.yaml_files import Loader, read_yaml
 
 compat.require_recbole()
 compat.restore_numpy_aliases()
@@ -67,6 +67,8 @@ _FIELDS_OF_TRANSFORMS = (
     *("MASK_INDEX", "MASK_ITEM_SEQ", "POS_ITEMS", "NEG_ITEMS", "INVERSE_ITEM_SEQ"),
     *("CROP_ITEM_SEQ", "CROP_ITEM_SEQ_LEN", "REORDER_ITEM_SEQ"),
 )
+# Keys of a backbone's description that its `settings` may hold, see `BackboneSpec`.
+SPEC_KEYS = ("quantize", "attention", "min_pixels", "max_pixels", "image_pooling")
 # What may differ between two calls of one and the same experiment.
 VOLATILE_KEYS = frozenset(
     [
@@ -86,6 +88,7 @@ VOLATILE_KEYS = frozenset(
         "wandb_project",
         "run_dir",
         "backbone_spec",
+        "text_backbone_spec",
         "local_rank",
         "single_spec",
         "dataset_command",
@@ -102,69 +105,6 @@ VOLATILE_KEYS = frozenset(
         "test_neg_sample_args",
     ]
 )
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads `1e-3` as a number, as RecBole's does, and a key only once."""
-
-    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key '{key.value}' stands here a second time",
-                    problem_mark=key.start_mark,
-                )
-            seen.add(key.value)
-        return node
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$"
-        r"|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
-# A whole number stays an int: PyYAML asks the resolvers in order, so the int one must come first.
-for _resolvers in _Loader.yaml_implicit_resolvers.values():
-    _resolvers.sort(key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: it is not readable YAML, or no mapping of texts to values.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{path}{line}: this is not valid YAML ({getattr(error, 'problem', error)})."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: byte {error.start + 1} is not UTF-8, save the file as UTF-8."
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path}: it cannot be read ({error.strerror}).") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected `key: value` lines, found a {type(content).__name__}.")
-    for key in content:
-        if not isinstance(key, str):
-            raise UserError(
-                f"{path}: the key {key!r} is no name (unquoted, yes, no, on and off are True and "
-                "False)."
-            )
-    return content
 
 
 def parse_value(text: str) -> Any:
@@ -270,7 +210,7 @@ class MMConfig(Config):
         compat.silence_deprecations()
 
     def _build_yaml_loader(self) -> type[yaml.SafeLoader]:
-        return _Loader
+        return Loader
 
     def _load_config_files(self, file_list: list[str]) -> dict[str, Any]:
         """Files in their order; `per_model: {SASRec: {...}}` holds what is for one model alone."""
@@ -310,7 +250,8 @@ class MMConfig(Config):
         dataset_file = property_file("dataset", dataset)
         dataset_yaml = self._for_this_model(dataset_file) if dataset_file else {}
         self._lay_inner(model, model_class, dataset_yaml)
-        for name in dict.fromkeys((model_class.__name__, model)):  # two where it is an alias
+        ours = [cls.__name__ for cls in reversed(model_class.__mro__) if cls.__name__ in MODELS]
+        for name in dict.fromkeys((*ours, model_class.__name__, model)):  # its bases' and aliases'
             self._lay(property_file("model", name))
         self._lay_backbone(dataset_yaml)
         self._lay(dataset_file)
@@ -319,6 +260,18 @@ class MMConfig(Config):
         check_values(
             model, model_class, _over(self.internal_config_dict, self.external_config_dict)
         )
+
+    def _set_default_parameters(self) -> None:
+        """On candidate lists AUC stands beside ranks, which RecBole's own loaders cannot do."""
+        final = self.final_config_dict
+        asked = final["metrics"]
+        if final["eval_candidates"] != "full" and isinstance(asked, list):
+            ranks = [name for name in asked if str(name).lower() != "auc"]
+            final["metrics"] = ranks or ["GAUC"]
+            super()._set_default_parameters()
+            final["metrics"] = asked
+        else:
+            super()._set_default_parameters()
 
     # --- our layers
     def _lay(self, path: Path | None) -> None:
@@ -345,13 +298,19 @@ class MMConfig(Config):
 
     def _lay_backbone(self, dataset_yaml: Mapping[str, Any]) -> None:
         """The backbone's own settings stand above the model's YAML and below the dataset's."""
-        default = self.internal_config_dict.get("backbone")
+        internal, external = self.internal_config_dict, self.external_config_dict
+        default = internal.get("backbone")
         if default is None:
             return
-        named = self.external_config_dict.get("backbone", dataset_yaml.get("backbone", default))
+        named = external.get("backbone", dataset_yaml.get("backbone", default))
         spec, settings = resolve_backbone(str(named), str(default))
-        self.internal_config_dict.update(settings)
-        self.internal_config_dict["backbone_spec"] = spec
+        second = internal.get("text_backbone")  # before the settings: they may name another
+        internal.update(settings)
+        internal["backbone_spec"] = spec
+        if second is not None:
+            named = dataset_yaml.get("text_backbone", internal["text_backbone"])
+            named = external.get("text_backbone", named)
+            internal["text_backbone_spec"] = second_backbone(str(named), str(second))
 
     def _suit_model_type(self, model_class: Any, recbole_own: Mapping[str, Any]) -> None:
         internal = self.internal_config_dict
@@ -413,8 +372,10 @@ class MMConfig(Config):
     def settings(self) -> dict[str, Any]:
         """What the experiment depends on, as plain values: goes into `config.yaml` and the hash."""
         plain = {k: _plain(v) for k, v in self.final_config_dict.items() if k not in VOLATILE_KEYS}
-        spec = self.final_config_dict.get("backbone_spec")
-        return {**plain, **({"backbone_spec": _plain(spec)} if spec else {})}
+        for key in ("backbone_spec", "text_backbone_spec"):
+            spec = self.final_config_dict.get(key)
+            plain |= {key: _plain(spec)} if spec else {}
+        return plain
 
     def hash(self) -> str:
         """The first 12 hex digits of the SHA-256 of `settings()`."""
@@ -477,6 +438,17 @@ def resolve_backbone(name: str, default: str) -> tuple[dict[str, Any], dict[str,
     if is_folder:
         spec["model"] = name
     return spec, {**settings, **(tiny_settings if is_tiny else {})}
+
+
+def second_backbone(name: str, default: str) -> dict[str, Any]:
+    """The description of a backbone beside the first, with its own settings in it: plain keys are
+    those of the first. Raises `UserError` as `resolve_backbone`."""
+    try:
+        spec, settings = resolve_backbone(name, default)
+    except UserError as error:
+        raise UserError(str(error).replace("--backbone", "--text_backbone")) from error
+    own = {key: settings[key] for key in SPEC_KEYS if key in settings}
+    return {**spec, **own}
 
 
 def _backbones() -> list[str]:

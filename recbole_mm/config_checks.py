@@ -41,7 +41,9 @@ _NOT_NEGATIVE_OF_STAGE = (
 _NOT_NEGATIVE = ("seed", "worker", "max_minutes")
 _SIZES = ("hidden_size", "n_layers", "n_heads", "inner_size", "embedding_size")
 # What one target among candidates can be measured by.
-_OF_CANDIDATES = ("recall", "hit", "precision", "mrr", "map", "ndcg")
+_OF_CANDIDATES = ("recall", "hit", "precision", "mrr", "map", "ndcg", "auc", "gauc")
+_OWN_SPLITS = ("US", "GT")  # of users, and at points in time: one target a user
+HISTORY_SOURCES = ("chrono", "official_topfreq")
 
 
 # ---------------------------------------------------------------- single values
@@ -116,7 +118,7 @@ def _check_eval_args(eval_args: Mapping[str, Any]) -> None:
     if not (isinstance(split, dict) and len(split) == 1 and _is_split(*next(iter(split.items())))):
         raise UserError(
             "eval_args: split: expected {'LS': 'valid_and_test'} or {'RS': [0.8, 0.1, 0.1]} "
-            f"(or TS), got {split!r}."
+            f"(or TS, US, GT), got {split!r}."
         )
     if eval_args["order"] not in ("TO", "RO"):
         raise UserError(f"eval_args: order: it is TO or RO, got {eval_args['order']!r}.")
@@ -130,7 +132,7 @@ def _check_eval_args(eval_args: Mapping[str, Any]) -> None:
 def _is_split(kind: Any, how: Any) -> bool:
     if kind == "LS":
         return how in ("valid_and_test", "valid_only", "test_only")
-    is_list = kind in ("RS", "TS") and isinstance(how, list) and len(how) == 3
+    is_list = kind in ("RS", "TS", *_OWN_SPLITS) and isinstance(how, list) and len(how) == 3
     return (
         is_list
         and all(isinstance(part, (int, float)) and part >= 0 for part in how)
@@ -290,11 +292,29 @@ def _check_protocol(model: str, model_class: Any, final: Final) -> None:
             "mask_history needs everything that each user did, which a ready-made split does not "
             "tell: leave benchmark_filename out or set mask_history: False."
         )
+    _check_histories(final)
     order = final["eval_args"]["order"]
     if model_class.type == ModelType.SEQUENTIAL and order != "TO":
         raise UserError(
             f"eval_args: {model} reads sequences, which have an order in time: set order: TO, "
             f"not {order}."
+        )
+
+
+def _check_histories(final: Final) -> None:
+    """What our own splits and sources of histories need."""
+    source, split = final["history_source"], next(iter(final["eval_args"]["split"]))
+    if source not in HISTORY_SOURCES:
+        raise UserError(f"history_source is '{source}': use {', '.join(HISTORY_SOURCES)}.")
+    if final["topfreq_items"] < 2:
+        raise UserError(f"topfreq_items is {final['topfreq_items']}: it must be 2 or more.")
+    asked = f"split {split}" if split in _OWN_SPLITS else f"history_source: {source}"
+    if split not in _OWN_SPLITS and source == "chrono":
+        return
+    if final["eval_args"]["order"] != "TO" or final.get("benchmark_filename"):
+        raise UserError(
+            f"{asked} takes each user's interactions in order of time: set order: TO in eval_args "
+            "and leave benchmark_filename out."
         )
 
 
@@ -305,7 +325,7 @@ def _check_candidates(model: str, final: Final) -> None:
             f"eval_candidates: {model} is evaluated on labels and ranks no candidates, leave it "
             "out or set ranking metrics and eval_args with mode: full."
         )
-    if ready_made or "LS" not in eval_args["split"]:
+    if ready_made or not {"LS", *_OWN_SPLITS} & {*eval_args["split"]}:
         mend = (
             "leave out benchmark_filename" if ready_made else "set split: {'LS': 'valid_and_test'}"
         )

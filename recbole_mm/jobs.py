@@ -59,8 +59,8 @@ class Job:
 
 def read_recipe(files: Sequence[str]) -> Keys:
     """What YAML files or recipes say about the whole command, the last one's word."""
-    from recbole_mm.config import read_yaml
     from recbole_mm.paths import recipe_or_path
+    from recbole_mm.yaml_files import read_yaml
 
     merged: Keys = {}
     for name in files:

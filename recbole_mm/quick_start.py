@@ -32,6 +32,8 @@ _RANKER_AT_WORK = (
     "attention",
 )
 EVALUATION_KEYS = frozenset([*_MEASURES, *_RANKER_AT_WORK])
+# Keys of a stored configuration that are given otherwise.
+_DERIVED = ("model", "dataset", "backbone_spec", "text_backbone_spec")
 _NOT_WHEN_LOADED = ("stages", "config_files")
 DEMOS = ("mm-demo", "mm-demo-permuted")  # made on first use
 
@@ -181,7 +183,7 @@ def _finished(folder: str, overrides: Mapping[str, Any]) -> tuple[Run, MMConfig]
 def _config_of(place: Run, overrides: Mapping[str, Any]) -> MMConfig:
     """The configuration of a run, with some keys laid over it."""
     settings = place.config()
-    own = {k: v for k, v in settings.items() if k not in ("model", "dataset", "backbone_spec")}
+    own = {k: v for k, v in settings.items() if k not in _DERIVED}
     if (own["train_neg_sample_args"] or {}).get("distribution") == "none":
         own["train_neg_sample_args"] = None  # RecBole's Config writes a dict and takes None
     if place.state.get("data_path"):
@@ -371,7 +373,7 @@ def _staged(
     if train:
         trainer.fit(data.train, data.valid, data.test, show_progress=config["show_progress"])
     else:
-        trainer.load(data.train, data.valid)
+        trainer.load(data.train, data.valid, data.test)
     return [_measure(trainer, data, readout) for readout in _readouts(model, trainer)], trainer
 
 

@@ -13,11 +13,15 @@ from recbole_mm.errors import UserError, nearest
 MODELS = {
     "ComiRec": "recbole_mm.model.comirec:ComiRec",
     "FMLPRec": "recbole_mm.model.fmlprec:FMLPRec",
+    "ILLMRec": "recbole_mm.model.illmrec:ILLMRec",
     "LRURec": "recbole_mm.model.lrurec:LRURec",
     "LlamaRec": "recbole_mm.model.prime:PRIME",  # an alias: its YAML stands above PRIME's
+    "MLLMMSR": "recbole_mm.model.mllmmsr:MLLMMSR",
+    "MLLMMSRRerank": "recbole_mm.model.mllmmsr_rerank:MLLMMSRRerank",
     "MLP4Rec": "recbole_mm.model.mlp4rec:MLP4Rec",
     "PRIME": "recbole_mm.model.prime:PRIME",
     "RARec": "recbole_mm.model.rarec:RARec",
+    "VBPR": "recbole_mm.model.vbpr:VBPR",
 }
 
 # RecBole's models, mended in subclasses of the same name.
@@ -36,8 +40,11 @@ MENDED: dict[str, str] = {
 }
 
 TRAINERS = {
+    "ILLMRec": "recbole_mm.trainer.staged:StagedTrainer",
     "LRURec": "recbole_mm.trainer.staged:StagedTrainer",
     "LlamaRec": "recbole_mm.trainer.staged:StagedTrainer",
+    "MLLMMSR": "recbole_mm.trainer.staged:StagedTrainer",
+    "MLLMMSRRerank": "recbole_mm.trainer.staged:StagedTrainer",
     "PRIME": "recbole_mm.trainer.staged:StagedTrainer",
     "RARec": "recbole_mm.trainer.staged:StagedTrainer",
     "RaCT": "recbole_mm.trainer.special:PhasedTrainer",

@@ -79,6 +79,7 @@ class StageContext:
     seed: int
     device: torch.device
     show_progress: bool = False
+    test: Any = None  # as `valid`, for what is made of histories before they are asked about
 
 
 class Stage:
@@ -89,12 +90,15 @@ class Stage:
         module: its parameters with ``requires_grad`` are trained and saved with the stage.
         settings: how it is optimised.
         of_items: whether its weights belong to one catalogue of items.
+        trains: False: nothing is trained, validated or saved; `prepare` makes what later stages
+            read, takes up what an earlier attempt left, and `finish` says what there is.
     """
 
     name: str
     module: nn.Module
     settings: StageSettings
     of_items = True
+    trains = True
 
     def __init__(self, name: str, module: nn.Module, settings: StageSettings) -> None:
         self.name, self.module, self.settings = name, module, settings

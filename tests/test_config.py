@@ -14,7 +14,7 @@ import torch
 from recbole_mm.config import MMConfig, parse_value, read_yaml, resolve_backbone
 from recbole_mm.config_checks import measured
 from recbole_mm.config_types import convert
-from recbole_mm.data.candidates import rank_metrics
+from recbole_mm.data.candidates import candidate_metrics
 from recbole_mm.errors import UserError
 from recbole_mm.paths import properties_dir
 from recbole_mm.stage import STAGE_KEYS
@@ -351,7 +351,7 @@ def test_metrics_of_candidate_lists_are_those_the_ranking_knows() -> None:
     defined, accepted = [], []
     for name in [m for m, kind in metric_types.items() if kind == EvaluatorType.RANKING]:
         with suppress(UserError):
-            rank_metrics(torch.ones(1), [1], [name])
+            candidate_metrics(torch.tensor([[1.0, 0.0]]), [1], [name])
             defined.append(name)
         with suppress(UserError):
             best = measured([name], [10])[0]

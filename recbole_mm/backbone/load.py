@@ -176,8 +176,7 @@ class Backbone(nn.Module):
             width,
         ]
         if Path(spec.model).is_dir():
-            files = sorted(Path(spec.model).resolve().glob("*.safetensors"))
-            parts += [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+            parts += weight_files(spec.model)
         else:
             parts.append(getattr(model.config, "_commit_hash", None) or spec.revision)
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -195,7 +194,7 @@ class Backbone(nn.Module):
             Shape: (B, S, D).
         """
         batch = batch.to(self.device)
-        states = self._run(batch, images).last_hidden_state  # (B, T, D)
+        states = self.run(batch, images).last_hidden_state  # (B, T, D)
         back = torch.arange(positions - 1, -1, -1, device=states.device)
         at = batch.last[:, None] - back  # (B, S)
         return states.gather(1, at[:, :, None].expand(-1, -1, states.shape[2]))  # (B, S, D)
@@ -210,23 +209,33 @@ class Backbone(nn.Module):
         Returns:
             Shape: (B, S, D).
         """
-        S = len(forks[0].branches)
+        return self.ends(forks, images).unflatten(0, (len(forks), len(forks[0].branches)))
+
+    def ends(self, forks: Sequence[Fork], images: ItemImages) -> Tensor:
+        """The same of forks of any number of branches, one fork behind the other. (n, D)."""
         trunk = collate([fork.trunk for fork in forks], self.pad_id, left=True).to(self.device)
         branch = collate([b for fork in forks for b in fork.branches], self.pad_id).to(self.device)
         lengths = torch.tensor([len(fork.trunk) for fork in forks], device=self.device)
+        counts = torch.tensor([len(fork.branches) for fork in forks], device=self.device)
+        owner = torch.arange(len(forks), device=self.device).repeat_interleave(counts)  # (n,)
         T = trunk.ids.shape[1]
         real = torch.arange(T, device=self.device) >= T - lengths[:, None]  # (B, T)
-        cache = self._run(trunk, images, attention_mask=real.long(), use_cache=True).past_key_values
-        cache.batch_repeat_interleave(S)
-        seen = torch.cat([real.repeat_interleave(S, 0), torch.ones_like(branch.ids).bool()], 1)
-        states = self._run(
+        cache = self.run(trunk, images, attention_mask=real.long(), use_cache=True).past_key_values
+        cache.batch_select_indices(owner)
+        seen = torch.cat([real[owner], torch.ones_like(branch.ids).bool()], 1)
+        states = self.run(
             branch, images, attention_mask=seen.long(), past_key_values=cache, use_cache=True
-        ).last_hidden_state  # (B * S, T', D)
-        rows = torch.arange(len(states), device=states.device)
-        return states[rows, branch.last].unflatten(0, (len(forks), S))
+        ).last_hidden_state  # (n, T', D)
+        return states[torch.arange(len(states), device=states.device), branch.last]
 
-    def _run(self, batch: PromptBatch, images: ItemImages, **more: Any) -> Any:
-        """One pass of the language model over a batch that is on its device."""
+    def run(self, batch: PromptBatch, images: ItemImages, **more: Any) -> Any:
+        """One pass of the language model over a batch that is on its device.
+
+        Args:
+            batch: padded prompts, or what follows those in `past_key_values`.
+            images: where the rows of the batch's image items come from.
+            more: what the language model takes besides, such as `attention_mask`.
+        """
         language_model = self.family.language_model(self.model)
         keys = {"use_cache": False, **more}
         positions = batch.positions.squeeze(0)  # (A, B, T), or (B, T) where there is one axis
@@ -245,8 +254,19 @@ class Backbone(nn.Module):
         return flat.index_copy(0, batch.image_at, rows[batch.image_row]).view_as(embeds)
 
 
+def weight_files(model: str) -> list[tuple[str, int, int]]:
+    """Path, size and time of each file of weights in a local folder; none for a name of the hub."""
+    files = sorted(Path(model).resolve().glob("*.safetensors")) if Path(model).is_dir() else []
+    return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+
+
 def load_backbone(
-    spec: BackboneSpec, texts: Iterable[str], fixed: Iterable[str], seed: int
+    spec: BackboneSpec,
+    texts: Iterable[str],
+    fixed: Iterable[str],
+    seed: int,
+    *,
+    adapt: bool = True,
 ) -> Backbone:
     """Loads, or for a tiny backbone builds, what `spec` describes.
 
@@ -255,6 +275,7 @@ def load_backbone(
         texts: the dataset's own texts, of which a tiny backbone's tokenizer is trained.
         fixed: texts of the prompt template, likewise.
         seed: of a tiny backbone's weights, and of new adapters.
+        adapt: whether it is to be trained; if not, all weights are frozen as they are.
 
     Raises:
         UserError: a package is missing, or the weights can be neither found nor fetched.
@@ -267,11 +288,12 @@ def load_backbone(
         chat = re.sub(special, "", family.chat_head + family.chat_tail)
         tokenizer = train_tokenizer(family, texts, [chat, *fixed], sizes.vocab_size)
         model = build(family, sizes, tokenizer, seed, _attention(spec))
-        return Backbone(spec, model, tokenizer)
+        return Backbone(spec, model.requires_grad_(adapt), tokenizer)
     model, tokenizer = _pretrained(spec)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        _adapt(model, spec)
+    if adapt:
+        add_adapters(model, spec, seed)
+    else:
+        model.requires_grad_(False)
     return Backbone(spec, model, tokenizer)
 
 
@@ -342,8 +364,23 @@ def _nf4(spec: BackboneSpec) -> Any:
     )
 
 
+def add_adapters(model: Any, spec: BackboneSpec, seed: int) -> None:
+    """Freezes the model and puts adapters on Linears of the language model, in fp32.
+
+    Args:
+        model: the Hugging Face model.
+        spec: which adapters; with `lora_r` 0 the model is left as it is.
+        seed: of their weights.
+
+    Raises:
+        UserError: quantised weights without adapters, or no such Linears.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _adapt(model, spec)
+
+
 def _adapt(model: Any, spec: BackboneSpec) -> None:
-    """Freezes the model and puts adapters on Linears of the language model, in fp32."""
     if spec.lora_r == 0:
         if spec.quantize != "none":
             raise UserError(

@@ -7,6 +7,7 @@ begins; the logits of the whole vocabulary are never made.
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,7 +59,18 @@ class Verbalizer:
         Returns:
             Shape: (..., K).
         """
-        layer: Any = head
-        rows = torch.as_tensor(self.ids[:count], device=hidden.device)
-        bias = None if layer.bias is None else layer.bias[rows].float()
-        return F.linear(hidden.float(), layer.weight[rows].float(), bias)  # (..., K)
+        return row_logits(hidden, head, self.ids[:count])  # (..., K)
+
+
+def row_logits(hidden: Tensor, head: nn.Module, ids: Sequence[int]) -> Tensor:
+    """Logits of some tokens in fp32. (..., D) -> (..., K).
+
+    Args:
+        hidden: final hidden states.
+        head: the language model head, a Linear of the whole vocabulary.
+        ids: K tokens.
+    """
+    layer: Any = head
+    rows = torch.as_tensor(ids, device=hidden.device)
+    bias = None if layer.bias is None else layer.bias[rows].float()
+    return F.linear(hidden.float(), layer.weight[rows].float(), bias)

@@ -23,6 +23,7 @@ from recbole_mm.data.sequences import Ints, UserSequences
 from recbole_mm.errors import UserError
 
 LIST_SIZES = {"cand20": 20, "cand100": 100}  # negatives beside the one target
+AUCS = ("auc", "gauc")  # metrics of a list that have no k
 
 
 def candidate_lists(
@@ -214,6 +215,19 @@ def rank_metrics(
     return result
 
 
+def pooled_auc(scores: Tensor) -> float:
+    """How often a target scores above a candidate, over all pairs of any users; ties are half.
+
+    Args:
+        scores: the target's score first. Shape: (B, 1 + N).
+    """
+    targets = scores[:, 0].double().contiguous()  # (B,)
+    others = scores[:, 1:].double().flatten().sort().values  # (B * N,)
+    below, upto = (torch.searchsorted(others, targets, right=right) for right in (False, True))
+    pairs = max(len(targets) * len(others), 1)
+    return float((below + upto).double().sum() / 2 / pairs)
+
+
 def candidate_metrics(
     scores: Tensor, topk: Sequence[int], metrics: Sequence[str]
 ) -> tuple[dict[str, float], Tensor]:
@@ -221,9 +235,18 @@ def candidate_metrics(
 
     Args:
         scores: the target's score first. Shape: (B, 1 + N).
+        topk: cut-offs.
+        metrics: those of `rank_metrics`, and auc (over all users' pairs) and gauc (the mean of
+            each user's own), in any case.
 
     Returns:
         As `rank_metrics` and `candidate_ranks`.
     """
     ranks = candidate_ranks(scores)
-    return rank_metrics(ranks, topk, metrics), ranks
+    names = [metric.lower() for metric in metrics]
+    result = rank_metrics(ranks, topk, [name for name in names if name not in AUCS])
+    if "auc" in names:
+        result["auc"] = pooled_auc(scores)
+    if "gauc" in names:
+        result["gauc"] = float(1 - (ranks.mean() - 1) / (scores.shape[1] - 1))
+    return result, ranks

@@ -28,8 +28,9 @@ from recbole.data.interaction import Interaction
 from recbole.utils import FeatureType, ModelType
 from torch import Tensor
 
+from recbole_mm.data import splits
 from recbole_mm.data.frames import FrameMends
-from recbole_mm.data.sequences import UserSequences, group_by_user
+from recbole_mm.data.sequences import Ints, UserSequences, group_by_user
 from recbole_mm.errors import UserError
 
 
@@ -102,12 +103,17 @@ class MMParts(FrameMends):
     """What all our datasets add to RecBole's.
 
     After `build`, every part has ``sequences``, everything that each user did, and the training
-    part has ``train_sequences``, what its users did before anything that is held out.
+    part has ``train_sequences``, what its users did before anything that is held out. Where that is
+    not what a user of another part did before its target, the part has ``histories``; where
+    training users are not cut as those are (`history_source`), it has ``train_lists``, cut.
     """
 
     inter_feat: Any
     sequences: UserSequences | None = None
     train_sequences: UserSequences | None = None
+    histories: UserSequences | None = None
+    train_lists: UserSequences | None = None
+    first_target = 0  # place in a user's sequence of its first row
 
     def _filter_by_inter_num(self) -> None:
         super()._filter_by_inter_num()
@@ -168,11 +174,77 @@ class MMParts(FrameMends):
         return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
 
     def build(self) -> list[Any]:
-        """Splits as RecBole does, and tells the parts the users' whole sequences."""
-        parts: list[Any] = super().build()
-        if self.benchmark_filename_list is None and self.uid_field and self.iid_field:
+        """Splits as RecBole does, or as `splits` does, and tells the parts the users' whole
+        sequences."""
+        if self.benchmark_filename_list is not None or not (self.uid_field and self.iid_field):
+            return list(super().build())
+        kind, shares = next(iter(self.config["eval_args"]["split"].items()))
+        whole: UserSequences | None = None
+        lists: UserSequences | None = None
+        if self.config["history_source"] == "official_topfreq":
+            whole = group_by_user(*self._ids())
+            lists = self._keep_most_frequent(kind, shares)
+        if kind in splits.KINDS:
+            parts = self._own_parts(kind, shares)
+        else:
+            parts = list(super().build())
             self._tell_sequences(parts)
+        for part in parts if whole is not None else ():
+            part.sequences = whole
+        if lists is not None and kind == "US":
+            trained = np.isin(lists.users, parts[0].train_sequences.users)
+            parts[0].train_lists = lists.select(np.flatnonzero(trained))
         return parts
+
+    def _ids(self) -> tuple[Ints, Ints]:
+        """Users and items of all interactions, before RecBole makes tensors of them. (N,) each."""
+        frame = self.inter_feat
+        return frame[self.uid_field].to_numpy(), frame[self.iid_field].to_numpy()
+
+    def _keep_most_frequent(self, kind: str, shares: Sequence[float]) -> UserSequences:
+        """Cuts what users did, with `history_source: official_topfreq`; returns what is left of
+        each. Users who only train stay whole: they are learnt from and not asked about."""
+        users, items = self._ids()
+        kept = splits.most_frequent(users, items, self.config["topfreq_items"])
+        lists = group_by_user(users[kept], items[kept])
+        if kind == "US":
+            kept |= self._user_parts(shares)[users] == 0
+        self.inter_feat = self.inter_feat[kept].reset_index(drop=True)
+        return lists
+
+    def _user_parts(self, shares: Sequence[float]) -> Ints:
+        """The part of each user id. Shape: (users,)."""
+        tokens = self.field2id_token[self.uid_field][1:].tolist()  # without the pad
+        return np.concatenate([[-1], splits.user_parts(tokens, shares)])
+
+    def _own_parts(self, kind: str, shares: Sequence[float]) -> list[Any]:
+        """Training, validation and test by users or by time."""
+        taken = group_by_user(*self._ids())
+        every_time = self.inter_feat[self.time_field].to_numpy()
+        self._change_feat_format()
+        self.sort(by=self.time_field)
+        users = self.inter_feat[self.uid_field].numpy()
+        places = splits.places_of(users) + self.first_target
+        if kind == "US":
+            rows = splits.split_by_users(users, places > 0, self._user_parts(shares))
+        else:
+            times = self.inter_feat[self.time_field].numpy()
+            own = every_time.astype(times.dtype)  # RecBole's tensors are of fewer digits
+            rows = splits.split_by_time(users, places > 0, times, own, shares)
+        self._drop_unused_col()
+        parts = [self.copy(self.inter_feat[index]) for index in rows]
+        self._tell_own(parts, taken, [(users[index], places[index]) for index in rows])
+        return parts
+
+    def _tell_own(
+        self, parts: list[Any], taken: UserSequences, rows: list[tuple[Ints, Ints]]
+    ) -> None:
+        for part, (users, places) in zip(parts[1:], rows[1:], strict=True):
+            part.histories = splits.prefixes(taken, users, places)
+        for part in parts:
+            part.sequences = taken
+        users, counts = np.unique(rows[0][0], return_counts=True)
+        parts[0].train_sequences = splits.prefixes(taken, users, counts + self.first_target)
 
     def _tell_sequences(self, parts: list[Any]) -> None:
         rows = [self._first_interactions()]  # then those of training, validation and test
@@ -214,6 +286,7 @@ class MMDataset(MMParts):
 class MMSequentialDataset(MMParts, SequentialDataset):
     """RecBole's prefix rows, tensor for tensor, without its double loop."""
 
+    first_target = 1
     _firsts: tuple[Tensor, Tensor] | None = None
 
     def _first_interactions(self) -> tuple[Tensor, Tensor]:

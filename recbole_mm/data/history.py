@@ -25,6 +25,11 @@ def attach_history(train: Any, valid: Any, test: Any) -> None:
     pairs = [(np.repeat(sequences.users, sequences.lengths()), sequences.items)]
     for loader in (valid, test):
         part = loader._dataset
+        own = part.histories
+        if own is not None:  # of other users than those that train, say
+            before = (np.repeat(own.users, own.lengths()), own.items)
+            loader.seen = _matrix([before], (part.user_num, part.item_num))
+            continue
         loader.seen = _matrix(pairs, (part.user_num, part.item_num))
         feat = part.inter_feat
         pairs.append((feat[part.uid_field].numpy(), feat[part.iid_field].numpy()))

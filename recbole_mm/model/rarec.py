@@ -11,7 +11,6 @@ Differs from the paper:
 - A user's ID vector is that of the sample's own history, never of a later one.
 - ID vectors are scaled, each side by one number, so that an alignment does not depend on the ID
   model's scale; both sides' projectors begin alike, so that their product is near the ID model's.
-- ``id_dropout``: users' vectors lose entries in training: the ID model knows its targets by heart.
 - ``negatives: in_batch``, the default: a softmax over the batch instead of equation 13's one other.
 - Trained are 1,216,512 parameters at the paper's sizes (its 18,432 are the instructions alone).
 """
@@ -73,7 +72,6 @@ class RARec(SequentialRecommender):
         "n_samples": (1, inf),
         "temperature": (1e-3, inf),
         "id_scale": (1e-3, inf),
-        "id_dropout": (0, 0.99),
         "align_weight": (0, inf),
         "max_user_tokens": (1, inf),
         "max_item_tokens": (1, inf),
@@ -258,7 +256,6 @@ def _tuning(config: Any) -> TuningSettings:
         config["temperature"],
         config["negatives"],
         config["id_scale"],
-        config["id_dropout"],
     )
 
 

@@ -15,6 +15,7 @@ _EPOCHS_CUT = {
     "time": "time up",
     "given": "as given",
     "untrained": "untrained",
+    "made": "made",
 }
 _BOTH = {"full", "full-masked"}
 _USUAL_SPLIT = "LS/TO"  # leave one out, ordered by time
@@ -34,13 +35,14 @@ def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _shown(names: Sequence[str], metric: str, few: bool) -> list[str]:
-    """Which metrics fit a screen: recall and ndcg; with two columns each, only at one k: that which
-    chose the model, or the largest."""
+    """Which metrics fit a screen: AUC of lists, recall and ndcg; with two columns each, only at one
+    k: that which chose the model, or the largest."""
     kept = [n for n in names if n.split("@")[0] in ("recall", "ndcg")] or list(names)
     ks = list(dict.fromkeys(n.partition("@")[2] for n in kept))
     k = metric.partition("@")[2]
     ks = [k if k in ks else ks[-1]] if few else ks[-3:]
-    return [n for n in kept if n.partition("@")[2] in ks]
+    areas = [n for n in names if n == "auc" and n not in kept]
+    return areas + [n for n in kept if n.partition("@")[2] in ks]
 
 
 def _columns(results: Sequence[Mapping[str, Any]], masked: bool) -> list[tuple[str, str, str]]:

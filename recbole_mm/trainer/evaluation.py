@@ -212,6 +212,8 @@ class EvaluationMixin:
     def _scores(self, interaction: Any, eval_data: Any) -> Tensor:
         """Scores of all items; the pad column is -inf. Shape: (B, V)."""
         n_items = eval_data._dataset.item_num
+        if self.config["eval_candidates"] != "full" and hasattr(self.model, "candidate_scores"):
+            return self._score_lists(interaction, eval_data, n_items)
         try:
             scores = self.model.full_sort_predict(interaction.to(self.device))
         except NotImplementedError:
@@ -221,6 +223,15 @@ class EvaluationMixin:
             getLogger().warning("Some scores are NaN: the model has diverged.")
         scores[:, 0] = -np.inf
         return scores
+
+    def _score_lists(self, interaction: Any, eval_data: Any, n_items: int) -> Tensor:
+        """Of a model that scores an item at a time: the candidates, and nothing else, is scored."""
+        users = interaction[eval_data._dataset.uid_field].cpu().numpy()
+        negatives = torch.from_numpy(eval_data.candidates[users])  # (B, N)
+        targets = interaction[eval_data._dataset.iid_field].cpu()[:, None]
+        lists = torch.cat([targets, negatives], dim=1)  # (B, 1 + N)
+        found = self.model.candidate_scores(interaction.to(self.device), lists).cpu()
+        return torch.full((len(lists), n_items), -np.inf).scatter(1, lists, found)
 
     def _score_pairs(self, interaction: Any, dataset: Any, n_items: int) -> Tensor:
         """For models that only score (user, item) pairs: every pair, some users at a time."""

@@ -85,20 +85,23 @@ class StagedTrainer(EvaluationMixin):
         """Trains, or loads, every stage up to the last that was asked for."""
         self.data_collect(train_data)
         self.tensorboard = get_tensorboard(self.logger)
-        self._open(train_data, valid_data, show_progress)
+        self._open(train_data, valid_data, test_data, show_progress=show_progress)
         for stage in self.stages:
+            started = time.perf_counter()
             stage.prepare(self.context)
             self.model.enter(stage.name)
-            if self._is_to_train(stage):
+            if not self._is_to_train(stage):
+                self._load(stage)
+            elif stage.trains:
                 StageLoop(self, stage, valid_data).run()
                 self._conclude(stage, valid_data, test_data)
             else:
-                self._load(stage)
+                self._note_made(stage, time.perf_counter() - started)
 
-    def load(self, train_data: Any, valid_data: Any) -> None:
+    def load(self, train_data: Any, valid_data: Any, test_data: Any = None) -> None:
         """Loads every stage of a finished run, to evaluate it again."""
         self.data_collect(train_data)
-        self._open(train_data, valid_data, show_progress=False)
+        self._open(train_data, valid_data, test_data, show_progress=False)
         for stage in self.stages:
             stage.prepare(self.context)
             self.model.enter(stage.name)
@@ -107,7 +110,9 @@ class StagedTrainer(EvaluationMixin):
     def load_best(self) -> None:
         """The best weights are already in place when a stage has ended."""
 
-    def _open(self, train_data: Any, valid_data: Any, show_progress: bool) -> None:
+    def _open(
+        self, train_data: Any, valid_data: Any, test_data: Any = None, *, show_progress: bool
+    ) -> None:
         self.show_progress = show_progress
         self.items = train_data._dataset.item_tokens()
         self.context = StageContext(
@@ -116,6 +121,7 @@ class StagedTrainer(EvaluationMixin):
             seed=self.config["seed"],
             device=self.device,
             show_progress=show_progress,
+            test=None if test_data is None else test_data._dataset.inter_feat,
         )
         names = self.model.stage_names
         last = max(names.index(name) for name in self.chosen)
@@ -126,7 +132,16 @@ class StagedTrainer(EvaluationMixin):
         wanted = stage.name in self.chosen or stage.settings.weights_from is not None
         return wanted and not self.run.is_done(stage.name)
 
+    def _note_made(self, stage: Stage, seconds: float) -> None:
+        """A stage that trains nothing has made what it makes."""
+        finished = stage.finish(self.context)
+        about = {"stopped": "made", "seconds": round(seconds, 2), "finished": finished}
+        self.run.record(stage.name, done=True, **about)
+        self.logger.info(set_color(f"stage {stage.name}", "green") + f": {finished}")
+
     def _load(self, stage: Stage) -> None:
+        if not stage.trains:
+            return stage.restore(self.run.stage(stage.name).get("finished", {}))
         folder = self.folder(stage) / "best"
         checkpoint = read_checkpoint(folder, self.device)
         check_items(checkpoint, self.items, folder)
@@ -139,6 +154,7 @@ class StagedTrainer(EvaluationMixin):
             ) from error
         stage.restore(self.run.stage(stage.name).get("finished", {}))
         self.logger.info(set_color(f"Loaded stage {stage.name}", "blue") + f": {folder}")
+        return None
 
     def _conclude(self, stage: Stage, valid_data: Any, test_data: Any) -> None:
         """Best weights in, what the stage wants to remember, its own metrics."""

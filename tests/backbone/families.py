@@ -20,7 +20,7 @@ SEEING: dict[str, dict[str, Any]] = {
     "llava": {"tiny": {"image_size": 84, "patch_size": 28}},
     "idefics3": {"tiny": {"image_size": 84, "patch_size": 14}},
 }
-FAMILY_NAMES = (*SEEING, "causal_lm")
+FAMILY_NAMES = (*SEEING, "causal_lm", "chat_lm")
 PROMPTS = [([1, 2], [3, 4, 5]), ([5], [1, 6]), ([2], [2, 2]), ([7, 7, 3, 4], [4, 6, 1, 2])]
 
 

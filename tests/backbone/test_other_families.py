@@ -32,6 +32,7 @@ CLASSES = {
     "llava": "LlavaForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
     "causal_lm": "LlamaForCausalLM",
+    "chat_lm": "LlamaForCausalLM",
 }
 TOKENS = {"llava": 9, "idefics3": 9}  # a picture: 3 x 3 patches; 6 x 6 of which four are one
 
@@ -197,6 +198,25 @@ def test_llavas_one_row_is_its_cls_token_projected() -> None:
     torch.testing.assert_close(row[0], projector(states[-2][0, 0]), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_llava_nexts_rows_are_the_base_view_of_the_stock_model() -> None:
+    backbone: Any = family_backbone("llava_next", tiny={"image_size": 84, "patch_size": 28})
+    pixels = backbone.family.pixels(picture(4))
+    (rows,) = backbone.family.encode(backbone.model, [pixels])
+    views = pixels.values[None].expand(1, 2, -1, -1, -1)  # the base and one tile
+    stock = backbone.model.get_image_features(views, image_sizes=torch.tensor([[84, 84]]))
+    torch.testing.assert_close(rows[:9], stock.pooler_output[0][:9], atol=1e-5, rtol=1e-5)
+    assert torch.equal(rows[9], backbone.model.model.image_newline)
+    assert backbone.family.image_piece(4, pixels.grid).slots[0].count == len(rows) == 10
+
+
+def test_a_tokenizer_without_a_chat_template_is_the_users_mistake() -> None:
+    backbone: Any = family_backbone("chat_lm")
+    backbone.tokenizer.chat_template = None
+    with pytest.raises(UserError, match="has no chat template: take a model that was trained to"):
+        FAMILIES["chat_lm"](backbone.tokenizer, backbone.model.config, backbone.spec.pictures())
+
+
 def test_pooled_prompts_are_shorter_and_still_see(pooled: Backbone) -> None:
     lengths = [len(prompt) for prompt in family_prompts(pooled)]
     whole = [len(prompt) for prompt in family_prompts(family_backbone(pooled.spec.family))]
@@ -224,7 +244,11 @@ def test_a_prompt_is_the_whole_text_encoded_at_once(any_backbone: Backbone) -> N
 TURNS = {
     "llava": "<s>USER: {} ASSISTANT:",
     "idefics3": "<|im_start|>User: {}<end_of_utterance>\nAssistant:",
+    "llava_next": "<s>[INST] {} [/INST]",
     "causal_lm": "<s>### Instruction:\n{}\n### Response:\n",
+    "chat_lm": (
+        "<|begin_of_text|><|start_of_turn|>user\n{}<|end_of_turn|><|start_of_turn|>assistant\n"
+    ),
 }
 
 

@@ -329,4 +329,6 @@ def test_the_shipped_descriptions_are_read() -> None:
         spec = BackboneSpec.from_mapping({**mapping, **own})
         assert spec.name == name
         assert spec.is_tiny == name.startswith("tiny")
-        assert settings["max_attr_tokens" if spec.is_tiny else "lora_r"] == 8
+        sheared = "sheared" in name
+        size = (4 if spec.is_tiny else 64) if sheared else 8
+        assert settings["max_attr_tokens" if spec.is_tiny else "lora_r"] == size

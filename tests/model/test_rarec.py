@@ -32,7 +32,6 @@ SMALL = {
     "topk": [1, 5, 10, 20],
     "tune": "alignment",
     "score_norm": "none",
-    "id_dropout": 0.0,
     "n_samples": 60,
     "alignment_batch_size": 8,
     "alignment_max_steps": 2,
@@ -184,19 +183,6 @@ def test_the_loss_is_equation_16(
     texts = [model.texts.item(item) for item in items]
     expected = ranking + 0.1 * (users + contrast("item", model.item_ids[items], texts, items))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)  # texts are kept in float16
-
-
-def test_users_vectors_lose_entries_in_training_alone(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage, batch = shop.stage, shop.stage.plan(0)[0]
-    monkeypatch.setattr(stage, "tuning", replace(stage.tuning, id_dropout=0.5))
-    whole = shop.model.ids.users([stage._history(row) for row in batch.samples])
-    u = stage._read(batch).u
-    lost = (u == 0) & (whole != 0)
-    assert 0.3 < lost.float().mean() < 0.7
-    torch.testing.assert_close(u[~lost], 2 * whole[~lost])
-    torch.testing.assert_close(shop.model.ids.users([stage._history(batch.samples[0])]), whole[:1])
 
 
 def test_samples_end_before_what_is_held_out(shop: Shop) -> None:

@@ -32,11 +32,17 @@ TITLES = [
     *("--n_samples=60", "--alignment_batch_size=8"),
     *("--alignment_max_steps=8", "--alignment_eval_every=3"),
 ]
-DATA = {"--model=PRIME": SHOP, "--model=RARec": TITLES}
+PICTURES = [
+    *("--dataset=mm-demo", "--limit_users=60", "--epochs=2", "--topk=[5,10,25]", "--backbone=tiny"),
+    *("--alignment_batch_size=8", "--max_history=4", "--item_repr=image", "--ila_weight=1"),
+    *("--alignment_max_steps=8", "--alignment_eval_every=3"),
+]
+DATA = {"--model=PRIME": SHOP, "--model=RARec": TITLES, "--model=ILLMRec": PICTURES}
 
 
 def command(*flags: str) -> list[str]:
-    data = DATA.get(flags[0], SMALL)
+    named = any(flag.startswith("--dataset=") for flag in flags)
+    data = [] if named else DATA.get(flags[0], SMALL)
     return [sys.executable, str(REPO / "run_recbole_mm.py"), *flags, *data, *ALWAYS]
 
 
@@ -84,6 +90,7 @@ def kill_when(folder: Path, ready, *flags: str) -> None:
         ("PRIME", (), lambda s: s["stages"].get("ranker", {}).get("steps", 0) >= 4),
         ("PRIME", (), lambda s: s["stages"].get("preference", {}).get("steps", 0) >= 4),
         ("RARec", (), lambda s: s["stages"].get("alignment", {}).get("steps", 0) >= 4),
+        ("ILLMRec", (), lambda s: s["stages"].get("alignment", {}).get("steps", 0) >= 4),
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted(

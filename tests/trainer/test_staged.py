@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ class ToyTrainer(StagedTrainer):
 
     validations: list[tuple[int, float]]
 
-    def _open(self, *_: Any) -> None:
+    def _open(self, *_: Any, **__: Any) -> None:
         self.show_progress, self.items, self.validations = False, ["[PAD]"], []
         self.context = StageContext(None, self.run.folder, 0, torch.device("cpu"))
         settings = stage_settings(self.config, self.model.stage_names)
@@ -310,3 +310,44 @@ def test_killed_after_any_save_it_ends_as_if_it_had_not_been(
         )
         saves += 1
     assert saves > 4
+
+
+class Making(Regression):
+    """Counts what it makes; an earlier attempt's count is taken up."""
+
+    trains = False
+    made: ClassVar[list[str]] = []
+
+    def prepare(self, context: StageContext) -> None:
+        self.made.append(f"made {self.name}")
+
+    def finish(self, context: StageContext) -> dict[str, Any]:
+        return {"texts": 3}
+
+    def loss(self, batch: Tensor) -> Tensor:
+        raise AssertionError("it trains nothing")
+
+
+class MakingToy(Toy):
+    def make_stages(self, settings: dict[str, StageSettings], _: Any) -> list[Stage]:
+        return [
+            Making("first", self.net, settings["first"]),
+            Regression("second", self.net, settings["second"]),
+        ]
+
+
+def test_a_stage_that_trains_nothing_is_made_and_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step, no validation, no weights of its own; once it is done it is only prepared."""
+    monkeypatch.chdir(tmp_path)
+    Making.made.clear()
+    trainer, _ = fit(tmp_path, MakingToy())
+    first, second = (trainer.run.stage(name) for name in ("first", "second"))
+    assert (first["done"], first["stopped"], first["finished"]) == (True, "made", {"texts": 3})
+    assert "steps" not in first
+    assert second["steps"] > 0
+    assert not trainer.folder(trainer.stages[0]).exists()
+    trainer.fit(None, None, None)
+    assert Making.made == ["made first"] * 2
+    assert trainer.run.stage("first") == first

@@ -22,7 +22,7 @@ class CausalLM(Family):
 
     chat_head = "### Instruction:\n"
     chat_tail = "\n### Response:\n"
-    special_tokens = ("<unk>", "<s>", "</s>")
+    special_tokens: ClassVar[tuple[str, ...]] = ("<unk>", "<s>", "</s>")
     special_roles: ClassVar[Mapping[str, str]] = {
         "unk_token": "<unk>",
         "bos_token": "<s>",

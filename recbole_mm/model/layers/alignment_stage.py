@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from recbole_mm.data.construction import construct
 from recbole_mm.data.sequences import UserSequences, epoch_plan
@@ -40,7 +39,6 @@ class TuningSettings:
         temperature: tau of equations 14 and 15.
         negatives: ``uniform``: one item a sample (equation 13); ``in_batch``: the batch's others.
         id_scale: root mean square of an entry of the ID vectors.
-        id_dropout: of the entries of users' ID vectors in training.
     """
 
     data_mode: str
@@ -51,7 +49,6 @@ class TuningSettings:
     temperature: float
     negatives: str
     id_scale: float
-    id_dropout: float
 
 
 @dataclass(frozen=True)
@@ -185,8 +182,7 @@ class AlignmentStage(Stage):
         histories = [self._history(row) for row in rows]
         texts = [model.texts.history(history) for history in histories]
         item_texts = [model.texts.item(item) for item in known.tolist()]
-        # The ID model knows the targets of training by heart: whole, it would be trusted too much.
-        u = F.dropout(model.ids.users(histories), self.tuning.id_dropout)  # (B, D)
+        u = model.ids.users(histories)  # (B, D)
         i = model.item_ids[torch.from_numpy(known).to(u.device)]  # (n, D)
         users, found = model.aligned.users(texts, u), model.aligned.items(item_texts, i)
         scores = users @ found.T * model.aligned.scale  # (B, n)

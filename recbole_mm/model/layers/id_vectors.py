@@ -83,9 +83,37 @@ def _size(vectors: Tensor) -> Tensor:
     return vectors.square().mean().sqrt().clamp(min=1e-6)
 
 
+def standardized(table: Tensor, known: Tensor) -> Tensor:
+    """Rows with mean 0 and deviation 1 in each dimension, over those that are known; others are 0.
+
+    Args:
+        table: shape (V, D).
+        known: shape (V,), bool.
+
+    Returns:
+        Shape: (V, D).
+    """
+    known = known.to(table.device)
+    if not known.any():
+        return torch.zeros_like(table)
+    mean, deviation = _scale(table[known])
+    return torch.where(known[:, None], (table - mean) / deviation, 0.0)
+
+
+def _scale(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each dimension; one that never varies is left as it is."""
+    deviation = vectors.std(dim=0, correction=0)
+    return vectors.mean(dim=0), torch.where(deviation > 1e-6, deviation, 1.0)
+
+
 @torch.no_grad()
-def item_table(model: Any, n_items: int) -> nn.Embedding:
+def item_table(model: Any, n_items: int, key: str = "id_model") -> nn.Embedding:
     """The embedding whose products with the model's states are its scores.
+
+    Args:
+        model: any of RecBole's sequential models or ours.
+        n_items: V.
+        key: of the configuration, by which the model was chosen.
 
     Raises:
         UserError: the model has none: its scores are something else.
@@ -105,7 +133,7 @@ def item_table(model: Any, n_items: int) -> nn.Embedding:
             if _spread(rest) < _TOLERANCE * _spread(scores):
                 return module
     raise UserError(
-        f"id_model is {type(model).__name__}, whose scores are no products of a user's and an "
+        f"{key} is {type(model).__name__}, whose scores are no products of a user's and an "
         "item's vector: take another, such as LRURec, SASRec or GRU4Rec."
     )
 

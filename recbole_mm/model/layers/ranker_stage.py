@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recbole_mm.data.sequences import epoch_plan
+from recbole_mm.model.layers.adapter_stage import AdapterStage
 from recbole_mm.model.layers.ranking import (
     NegativeSampler,
     choose_alpha,
@@ -21,10 +22,9 @@ from recbole_mm.model.layers.ranking import (
     prefix_samples,
 )
 from recbole_mm.model.layers.retriever_stage import prefix_scores
-from recbole_mm.stage import Stage, StageContext, StageSettings, UnfitWeightsError
+from recbole_mm.stage import Stage, StageContext, StageSettings
 
 Ints = NDArray[np.int64]
-_FINGERPRINT = "tokenizer_fingerprint"
 _ROWS_AT_ONCE = 1024
 
 
@@ -101,7 +101,7 @@ class RankedStage(Stage):
         self.model.alpha = float(finished.get("fusion_alpha", 0.0))
 
 
-class RankerStage(RankedStage):
+class RankerStage(AdapterStage, RankedStage):
     """Trains the ranker to name the label among sampled negatives (PRIME, section 3.2.2).
 
     Args:
@@ -110,8 +110,6 @@ class RankerStage(RankedStage):
         settings: how.
         train_dataset: the training part, with its `train_sequences`.
     """
-
-    of_items = False
 
     def __init__(self, name: str, model: Any, settings: StageSettings, train_dataset: Any) -> None:
         super().__init__(name, model.the_ranker(), settings)
@@ -128,14 +126,6 @@ class RankerStage(RankedStage):
     def prepare(self, context: StageContext) -> None:
         """A frozen vision tower encodes every picture now, and never again."""
         self.ranker.encode_pictures(range(1, self.model.n_items), context.show_progress)
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Biases and norms, that is all vectors, never decay."""
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        return [
-            {"params": [p for p in trained if p.ndim > 1]},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
 
     def plan(self, epoch: int) -> list[RankerBatch]:
         """Batches of samples with histories of like length."""
@@ -181,33 +171,3 @@ class RankerStage(RankedStage):
             return rows
         generator = torch.Generator().manual_seed(context.seed)
         return rows[torch.randperm(len(rows), generator=generator)[:size]].sort().values
-
-    # --- what is saved ----------------------------------------------------------------------
-    def _trained(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-
-    def state(self) -> dict[str, Tensor]:
-        """Trained weights only (adapters, or a whole tiny backbone), and the tokenizer's mark."""
-        digest = bytes.fromhex(self.ranker.backbone.tokenizer_fingerprint)
-        mark = torch.tensor(list(digest), dtype=torch.uint8)  # (32,)
-        return {**{name: p.detach() for name, p in self._trained().items()}, _FINGERPRINT: mark}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes back what `state` gave.
-
-        Raises:
-            UnfitWeightsError: they belong to another backbone, or to other texts of the items.
-        """
-        own = self.state()
-        mark = state.get(_FINGERPRINT)
-        if mark is None or not torch.equal(mark.cpu(), own[_FINGERPRINT]):
-            raise UnfitWeightsError(
-                "they were made with another tokenizer (another backbone, other item texts or "
-                "other attributes)"
-            )
-        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
-            raise UnfitWeightsError("they do not fit this backbone")
-        with torch.no_grad():
-            for name, parameter in self._trained().items():
-                parameter.copy_(state[name])
-        self.model.forget()

@@ -1,0 +1,72 @@
+"""MLLM-MSR killed in each of its stages goes on, and ends with the numbers of one that was not."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.test_resume import kill_when, run
+
+FLAGS = [
+    *("--dataset=mm-demo", "--limit_users=25", "--backbone=tiny", "--generate_tokens=200"),
+    *("--item_summary_tokens=4", "--user_summary_tokens=4", "--history_len=4", "--topk=[5]"),
+    *("--sft_targets=1", "--sft_batch_size=4", "--sft_max_steps=6", "--sft_eval_every=3"),
+]
+
+
+def keys(folder: Path) -> list[str]:
+    """Of every text that is kept, as often as it was written."""
+    lines = [line for p in folder.glob("cache/*/*.jsonl") for line in p.read_text().splitlines()]
+    return [json.loads(line)["key"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(folder, "--model=MLLMMSR", *FLAGS)
+
+
+@pytest.mark.parametrize("stage", ["item_summary", "user_summary", "sft"])
+def test_killed_and_resumed_equals_uninterrupted(
+    whole: tuple[Path, dict[str, Any]], stage: str, tmp_path: Path
+) -> None:
+    folder, expected = whole
+    items = expected["stages"]["item_summary"]["descriptions"]
+
+    def ready(state: dict[str, Any]) -> bool:
+        stages = state["stages"]
+        if stage == "sft":
+            return bool(stages.get("sft", {}).get("steps", 0) >= 4)
+        texts = sum(p.read_bytes().count(b"\n") for p in tmp_path.glob("cache/*/*.jsonl"))
+        return stage not in stages and texts > (items + 10 if stage == "user_summary" else 10)
+
+    kill_when(tmp_path, ready, "--model=MLLMMSR", *FLAGS)
+    (state,) = [json.loads(p.read_text()) for p in tmp_path.glob("saved/*/state.json")]
+    assert not state["stages"].get(stage, {}).get("done")
+    there = len(keys(tmp_path))
+    resumed = run(tmp_path, "--model=MLLMMSR", *FLAGS, "--resume")
+    assert len(list(tmp_path.glob("saved/*"))) == 1, "resuming must not start a second run"
+    assert 0 < there <= len(keys(tmp_path))
+    assert Counter(keys(tmp_path)) == Counter(keys(folder)), "nothing is written twice"
+    assert (resumed["test"], resumed["valid"]) == (expected["test"], expected["valid"])
+    for made in ("item_summary", "user_summary"):
+        (ours,) = tmp_path.glob(f"saved/*/{made}/texts.jsonl")
+        (theirs,) = folder.glob(f"saved/*/{made}/texts.jsonl")
+        assert {*ours.read_text().splitlines()} == {*theirs.read_text().splitlines()}
+
+
+def test_a_later_run_takes_the_texts_of_an_earlier_one(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """From its folder, and evaluates it again; nothing is generated."""
+    folder, expected = whole
+    given = [f"--{s}_from={folder / expected['run_dir']}" for s in ("item_summary", "user_summary")]
+    found = run(tmp_path, "--model=MLLMMSR", *FLAGS, *given, "--cache_dir=mine")
+    assert found["test"] == expected["test"]
+    assert not list(tmp_path.glob("mine/*/*.jsonl"))
+    again = run(folder, f"--load={expected['run_dir']}", "--dataset=mm-demo")
+    assert again["test"] == expected["test"]
