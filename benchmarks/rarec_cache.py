@@ -41,7 +41,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recbole_mm.backbone.text_states import TextStates, by_length
+from recbole_mm.backbone.batch import by_length
+from recbole_mm.backbone.text_states import TOKENS_AT_ONCE, TextStates
 from recbole_mm.config import MMConfig
 from recbole_mm.machine import peak_memory_mb, reset_peak_memory
 from recbole_mm.quick_start import build_model, prepare_data
@@ -101,7 +102,7 @@ class LiveStates(TextStates):
     """Text states that are computed when they are asked for, in groups of like length."""
 
     def get(self, rows: Sequence[Ints]) -> Tensor:
-        groups = by_length(rows)
+        groups = list(by_length(list(map(len, rows)), TOKENS_AT_ONCE))
         model = self.model
         found = [model.layer_means(model.padded([rows[i] for i in group])) for group in groups]
         order = torch.tensor([row for group in groups for row in group])
@@ -187,7 +188,7 @@ def buckets(
     else:
         items = range(1, min(count + 1, model.n_items))
         texts, vectors = [model.texts.item(i) for i in items], model.item_ids[list(items)]
-    ways = [by_length(texts, tokens), as_they_come(texts, tokens)]
+    ways = [list(by_length(list(map(len, texts)), tokens)), as_they_come(texts, tokens)]
 
     def way(groups: list[list[int]]) -> Way:
         def go() -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from recbole_mm.backbone.batch import by_length, collate
@@ -17,7 +17,7 @@ from recbole_mm.backbone.limits import check_context, check_sight
 from recbole_mm.backbone.load import Backbone, BackboneSpec, load_backbone
 from recbole_mm.backbone.prompt import Prompt, PromptStyle, PromptWriter, join, text_piece
 from recbole_mm.backbone.verbalizer import Verbalizer
-from recbole_mm.backbone.vision import ItemImages
+from recbole_mm.backbone.vision import ItemImages, PictureReader
 from recbole_mm.data.content import ItemContent
 from recbole_mm.data.images import ImageStore
 from recbole_mm.errors import UserError
@@ -27,7 +27,7 @@ _WORTH_SHARING = 0.5  # of a set's tokens: a shorter history is quicker read aga
 SUPERVISE = ("letter", "letter_eos")
 
 
-class LetterRanker(nn.Module):
+class LetterRanker(PictureReader):
     """A backbone that answers a ranking prompt with the letter of a candidate.
 
     Args:
@@ -50,10 +50,9 @@ class LetterRanker(nn.Module):
         supervise: str = "letter",
         max_tokens: int = 16_384,
     ) -> None:
-        super().__init__()
+        super().__init__(backbone, images)
         if supervise not in SUPERVISE:
             raise UserError(f"supervise is '{supervise}': use {' or '.join(SUPERVISE)}.")
-        self.backbone, self.images = backbone, images
         self.writer, self.verbalizer = writer, verbalizer
         self.supervise, self.max_tokens = supervise, max_tokens
 
@@ -136,16 +135,6 @@ class LetterRanker(nn.Module):
             logits = self.verbalizer.logits(hidden, self.backbone.head, K)  # (b, S, K)
             out[rows] = logits.log_softmax(dim=2).cpu()
         return out
-
-    def encode_pictures(self, items: Iterable[int], show_progress: bool = False) -> None:
-        """With a frozen vision tower, encodes the pictures of all these items that are not yet
-        kept; a trained one encodes them anew in every step."""
-        if self.images.frozen:
-            self.images.encode_all(self.backbone.model, items, show_progress)
-
-    def forget(self) -> None:
-        """To be called when weights have changed: drops what was computed with the old ones."""
-        self.images.forget()
 
     def _write(self, histories: Sequence[Ints], candidates: Ints) -> list[Prompt]:
         return [

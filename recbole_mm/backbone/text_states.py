@@ -12,23 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from recbole_mm.backbone.batch import by_length
 from recbole_mm.backbone.text_model import TextModel
 from recbole_mm.backbone.vision import FeatureLog
 
 Ids = NDArray[np.int64]
 TOKENS_AT_ONCE = 8192  # padded tokens in one forward pass
-
-
-def by_length(rows: Sequence[Ids], tokens: int = TOKENS_AT_ONCE) -> list[list[int]]:
-    """Row numbers in groups of like length, each of at most `tokens` padded tokens."""
-    groups: list[list[int]] = []
-    for row in sorted(range(len(rows)), key=lambda row: len(rows[row])):
-        fits = groups and (len(groups[-1]) + 1) * len(rows[row]) <= tokens
-        if fits:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
 
 
 class TextStates:
@@ -61,7 +50,7 @@ class TextStates:
             disable=not show_progress,
             ncols=100,
         ) as bar:
-            for group in by_length(missing):
+            for group in by_length(list(map(len, missing)), TOKENS_AT_ONCE):
                 self._compute([missing[row] for row in group])
                 bar.update(len(group))
 

@@ -228,3 +228,26 @@ class ItemImages:
             else:
                 self.log.append(key, self._ready(item).grid, rows)
                 self._pixels.pop(item)
+
+
+class PictureReader(nn.Module):
+    """A backbone that reads prompts with item pictures in them.
+
+    Args:
+        backbone: a `Backbone`.
+        images: feature rows of item pictures.
+    """
+
+    def __init__(self, backbone: Any, images: ItemImages) -> None:
+        super().__init__()
+        self.backbone, self.images = backbone, images
+
+    def encode_pictures(self, items: Iterable[int], show_progress: bool = False) -> None:
+        """With a frozen vision tower, encodes the pictures of all these items that are not yet
+        kept; a trained one encodes them anew in every step."""
+        if self.images.frozen:
+            self.images.encode_all(self.backbone.model, items, show_progress)
+
+    def forget(self) -> None:
+        """To be called when weights have changed: drops what was computed with the old ones."""
+        self.images.forget()

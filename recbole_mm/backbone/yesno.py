@@ -7,20 +7,20 @@ is read from one forward pass, at the position where the answer begins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from recbole_mm.backbone.batch import by_length, collate
 from recbole_mm.backbone.load import Backbone
 from recbole_mm.backbone.prompt import Fork, Prompt, join, text_piece
 from recbole_mm.backbone.verbalizer import row_logits
-from recbole_mm.backbone.vision import ItemImages
+from recbole_mm.backbone.vision import ItemImages, PictureReader
 from recbole_mm.errors import UserError
 
 Bools = NDArray[np.bool_]
@@ -72,7 +72,7 @@ def _behind(backbone: Backbone, word: str) -> list[int]:
     return whole[len(start) :] if whole[: len(start)] == start else whole
 
 
-class YesNoScorer(nn.Module):
+class YesNoScorer(PictureReader):
     """A backbone whose answers to yes/no questions are trained and read.
 
     Args:
@@ -94,9 +94,8 @@ class YesNoScorer(nn.Module):
         max_tokens: int = 16_384,
         worth_sharing: float = _WORTH_SHARING,
     ) -> None:
-        super().__init__()
-        self.backbone, self.images, self.answers = backbone, images, answers
-        self.loss_on, self.max_tokens = loss_on, max_tokens
+        super().__init__(backbone, images)
+        self.answers, self.loss_on, self.max_tokens = answers, loss_on, max_tokens
         self.worth_sharing = worth_sharing
 
     def loss(self, prompts: Sequence[Prompt], is_yes: Bools) -> Tensor:
@@ -167,16 +166,6 @@ class YesNoScorer(nn.Module):
         ids = (self.answers.yes, self.answers.no)
         logits = row_logits(hidden, self.backbone.head, ids)  # (n, 2)
         return (logits[:, 0] - logits[:, 1]).cpu()
-
-    def encode_pictures(self, items: Iterable[int], show_progress: bool = False) -> None:
-        """With a frozen vision tower, encodes the pictures of all these items that are not yet
-        kept; a trained one encodes them anew in every step."""
-        if self.images.frozen:
-            self.images.encode_all(self.backbone.model, items, show_progress)
-
-    def forget(self) -> None:
-        """To be called when weights have changed: drops what was computed with the old ones."""
-        self.images.forget()
 
 
 def _whole(trunk: Prompt, branch: Prompt) -> Prompt:

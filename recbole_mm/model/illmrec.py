@@ -52,6 +52,7 @@ from recbole_mm.model.layers.image_prompts import (
 )
 from recbole_mm.model.layers.image_reader import TRAIN_LLM, ImageReader
 from recbole_mm.model.layers.image_stage import NEG_EXCLUDE, ImageStage, ImageTuning
+from recbole_mm.model.layers.kept_vectors import KeptVectors
 from recbole_mm.model.layers.questions import PROPERTIES
 from recbole_mm.model.layers.retrieval_heads import ACTIVATIONS
 from recbole_mm.model.layers.retriever_stage import RetrieverStage, TrainingRows
@@ -108,7 +109,7 @@ class ILLMRec(SequentialRecommender):
         self.packed: bool = config["packed"]
         self.tokens_at_once: int = config["score_tokens"]
         self._items: Tensor | None = None
-        self._users_kept: dict[bytes, Tensor] = {}
+        self._users_kept = KeptVectors()
         self.reader: ImageReader | None = None
         self.prompts: ImagePrompts | None = None
         self.aligns, self.backbone_name = False, None
@@ -176,7 +177,7 @@ class ILLMRec(SequentialRecommender):
         """To be called when weights have changed: users and items are projected once as long as
         they have not."""
         self._items = None
-        self._users_kept.clear()
+        self._users_kept.forget()
 
     # --- what is read ----------------------------------------------------------------
     def questions(self, targets: Ints, rng: np.random.Generator) -> list[Question | None]:
@@ -259,22 +260,20 @@ class ILLMRec(SequentialRecommender):
 
     def _users(self, histories: Sequence[Ints]) -> Tensor:
         """A vector for each; equal histories are read once, until weights change. (B, H)."""
-        keys = [history.tobytes() for history in histories]
-        new = {k: h for k, h in zip(keys, histories, strict=True) if k not in self._users_kept}
-        for part in self._of_like_length(list(new)):
-            states, _ = self.read([new[key] for key in part])
-            vectors = self._reader().heads.users(states).flatten(1)  # (b, types * d_s)
-            self._users_kept.update(zip(part, vectors, strict=True))
-        return torch.stack([self._users_kept[key] for key in keys])
+        return self._users_kept.of(histories, self._encoded)
 
-    def _of_like_length(self, keys: list[bytes]) -> list[list[bytes]]:
+    def _encoded(self, histories: list[Ints]) -> Tensor:
+        """In batches of like length. (n, H)"""
         from recbole_mm.backbone.batch import by_length
 
-        lengths = [len(key) for key in keys]
+        lengths = [len(history) for history in histories]
         if self.prompts is not None:
-            rows = (np.frombuffer(key, dtype=np.int64) for key in keys)
-            lengths = [len(self.prompts.trunk(row.tolist())) for row in rows]
-        return [[keys[row] for row in rows] for rows in by_length(lengths, self.tokens_at_once)]
+            lengths = [len(self.prompts.trunk(history.tolist())) for history in histories]
+        groups = list(by_length(lengths, self.tokens_at_once))
+        states = [self.read([histories[row] for row in rows])[0] for rows in groups]
+        vectors = self._reader().heads.users(torch.cat(states)).flatten(1)  # (n, types * d_s)
+        order = torch.tensor([row for rows in groups for row in rows], device=vectors.device)
+        return vectors[order.argsort()]
 
     def _item_vectors(self) -> Tensor:
         """Of all items. Shape: (V, types * d_s)."""

@@ -35,6 +35,7 @@ from recbole_mm.errors import UserError
 from recbole_mm.model.layers.aligned_model import AlignedModel, AlignmentSettings
 from recbole_mm.model.layers.alignment_stage import AlignmentStage, TuningSettings
 from recbole_mm.model.layers.id_vectors import IdVectors, item_table
+from recbole_mm.model.layers.kept_vectors import KeptVectors
 from recbole_mm.model.layers.ranking import fuse
 from recbole_mm.model.layers.retriever_stage import RetrieverStage, TrainingRows
 from recbole_mm.registry import get_model
@@ -90,7 +91,7 @@ class RARec(SequentialRecommender):
         self.tuning = _tuning(config)
         self.ids: IdVectors
         self._items: Tensor | None = None
-        self._users_kept: dict[bytes, Tensor] = {}
+        self._users_kept = KeptVectors()
         self._item_ids: Tensor | None = None
         self.aligned: AlignedModel | None = None
         self.backbone_name: str | None = None
@@ -167,7 +168,7 @@ class RARec(SequentialRecommender):
         """To be called when weights have changed: users and items are encoded once as long as they
         have not."""
         self._items = None
-        self._users_kept.clear()
+        self._users_kept.forget()
 
     # --- scores ----------------------------------------------------------------------
     @torch.no_grad()
@@ -202,14 +203,11 @@ class RARec(SequentialRecommender):
         items = interaction[self.ITEM_SEQ].cpu().numpy()
         ends = interaction[self.ITEM_SEQ_LEN].cpu().numpy()
         rows = [row[:end] for row, end in zip(items, ends, strict=True)]
-        keys = [row.tobytes() for row in rows]
-        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._users_kept}
-        if new:
-            histories = list(new.values())
-            texts = [self.texts.history(history) for history in histories]
-            found = self._aligned().users(texts, self.ids.users(histories))
-            self._users_kept.update(zip(new, found, strict=True))
-        return torch.stack([self._users_kept[key] for key in keys])
+        return self._users_kept.of(rows, self._encoded)
+
+    def _encoded(self, histories: list[Ints]) -> Tensor:
+        texts = [self.texts.history(history) for history in histories]
+        return self._aligned().users(texts, self.ids.users(histories))
 
     def _item_vectors(self) -> Tensor:
         """Of all items, the pad's of its empty text. Shape: (V, H)."""

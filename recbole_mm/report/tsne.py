@@ -109,9 +109,11 @@ def _some(ids: Ints, count: int, seed: int) -> Ints:
 
 def _alone(model: Any, texts: Sequence[Ints]) -> Tensor:
     """Vectors of texts without prefixes. (n, H)"""
-    from recbole_mm.backbone.text_states import by_length
+    from recbole_mm.backbone.batch import by_length
+    from recbole_mm.backbone.text_states import TOKENS_AT_ONCE
 
-    reads, groups = model.aligned.language_model, by_length(texts)
+    reads = model.aligned.language_model
+    groups = list(by_length(list(map(len, texts)), TOKENS_AT_ONCE))
     parts = [reads.vectors(reads.padded([texts[row] for row in group])) for group in groups]
     return torch.cat(parts)[torch.tensor([row for group in groups for row in group]).argsort()]
 

@@ -106,9 +106,9 @@ class AlignedModel(nn.Module):
 
     def _encode(self, side: str, texts: Sequence[Ints], vectors: Tensor) -> Tensor:
         """In groups of like length, so that little is padding."""
-        from recbole_mm.backbone.text_states import by_length
+        from recbole_mm.backbone.batch import by_length
 
-        groups = by_length(texts, self.tokens_at_once)
+        groups = list(by_length(list(map(len, texts)), self.tokens_at_once))
         parts = [self._group(side, [texts[row] for row in rows], vectors[rows]) for rows in groups]
         order = torch.tensor([row for rows in groups for row in rows], device=vectors.device)
         found = torch.cat(parts)[order.argsort()]
