@@ -34,7 +34,7 @@ from recbole_mm.data.content import ItemContent
 from recbole_mm.errors import UserError
 from recbole_mm.model.layers.aligned_model import AlignedModel, AlignmentSettings
 from recbole_mm.model.layers.alignment_stage import AlignmentStage, TuningSettings
-from recbole_mm.model.layers.id_vectors import IdVectors, item_table
+from recbole_mm.model.layers.id_vectors import IdVectors, item_scorer
 from recbole_mm.model.layers.kept_vectors import KeptVectors
 from recbole_mm.model.layers.ranking import fuse
 from recbole_mm.model.layers.retriever_stage import RetrieverStage, TrainingRows
@@ -73,6 +73,7 @@ class RARec(SequentialRecommender):
         "n_samples": (1, inf),
         "temperature": (1e-3, inf),
         "id_scale": (1e-3, inf),
+        "distill": (0, 1),
         "align_weight": (0, inf),
         "max_user_tokens": (1, inf),
         "max_item_tokens": (1, inf),
@@ -229,6 +230,10 @@ def _check(config: Any) -> None:
             "use_id is False: without ID vectors there is only inject: prefix with n_instructions "
             "of 1 or more."
         )
+    if config["distill"] and config["negatives"] == "uniform":
+        raise UserError(
+            "distill needs a batch's items to spread over: set negatives: in_batch, or distill: 0."
+        )
     if config["inject"] == "concatenate" and config["tune"] != "alignment":
         raise UserError(
             "inject: concatenate reads vectors of a frozen language model: set tune to alignment."
@@ -236,7 +241,8 @@ def _check(config: Any) -> None:
 
 
 def _id_size(model: Any, n_items: int) -> int:
-    return int(item_table(model, n_items).weight.shape[1])
+    table, bias = item_scorer(model, n_items)
+    return int(table.weight.shape[1]) + (bias is not None)
 
 
 def _alignment(config: Any) -> AlignmentSettings:
@@ -254,6 +260,7 @@ def _tuning(config: Any) -> TuningSettings:
         config["temperature"],
         config["negatives"],
         config["id_scale"],
+        config["distill"],
     )
 
 

@@ -59,7 +59,8 @@ def test_variants_leave_their_part_out() -> None:
 
 
 def test_weights_begin_within_the_papers_range_and_all_are_drawn() -> None:
-    for module in (Alignment(N, D, H), InputAlignment(D, H)):
+    torch.manual_seed(0)
+    for module in (Alignment(4, 16, 32), InputAlignment(16, 32)):  # enough to tell a deviation
         for parameter in module.parameters():
             assert parameter.abs().max() <= INIT_STD
             assert parameter.std() > INIT_STD / 4
@@ -136,6 +137,30 @@ def test_in_batch_softmax_leaves_out_what_the_user_took() -> None:
     (gradient,) = torch.autograd.grad(found, scores, retain_graph=True)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, scores)[0])
     assert gradient[0, 2] == 0
+
+
+def test_a_teacher_is_met_among_the_same_items() -> None:
+    """Naive: a distribution a row over what the user did not take, and its cross entropy."""
+    generator = torch.Generator().manual_seed(1)
+    scores, teacher = (torch.randn(4, 4, generator=generator).double() for _ in range(2))
+    scores.requires_grad_(True)
+    log_share = torch.tensor([0.1, 0.2, 0.3, 0.4]).double().log()
+    taken = torch.eye(4, dtype=torch.bool)
+    taken[1, 3] = taken[2, 0] = True
+    found = in_batch_softmax(scores, log_share, taken, teacher, 0.3)
+    losses = []
+    for row in range(4):
+        free = [c for c in range(4) if c == row or not taken[row, c]]
+        ours = [(scores[row, c] - log_share[c]).exp() for c in free]
+        theirs = [(teacher[row, c] - log_share[c]).exp() for c in free]
+        wanted = [
+            0.7 * (c == row) + 0.3 * t / sum(theirs) for c, t in zip(free, theirs, strict=True)
+        ]
+        losses.append(-sum(w * (o / sum(ours)).log() for w, o in zip(wanted, ours, strict=True)))
+    expected = sum(losses) / 4
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(loss, scores)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_in_batch_softmax_finds_probabilities_whatever_the_samples_are_drawn_by() -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from recbole_mm.config import MMConfig
 from recbole_mm.errors import UserError
-from recbole_mm.model.layers.id_vectors import IdVectors, item_table, padded
+from recbole_mm.model.layers.id_vectors import IdVectors, item_scorer, padded
 from recbole_mm.model.rarec import RARec
 from recbole_mm.quick_start import Data, build_model, prepare_data, run
 from recbole_mm.trainer.run import Run
@@ -129,25 +129,33 @@ def by_softmax(
     liked: list[int],
     owners: list[np.ndarray],
     trained: np.ndarray,
+    distill: float,
 ) -> torch.Tensor:
-    """A sample's item against those of the others, but for what its user took."""
+    """A sample's item against those of the others, but for what its user took; and as the ID model
+    would have it."""
     total = torch.zeros(())
     for history, item, taken in zip(histories, liked, owners, strict=True):
         user = one_by_one(model, history)
-        rivals = [item, *(other for other in liked if other not in taken)]
-        logits = [
-            user @ one_by_one(model, [i], "item") - np.log((trained == i).mean()) for i in rivals
-        ]
-        total = total + torch.stack(logits).logsumexp(0) - logits[0]
+        among = [item, *(other for other in liked if other not in taken)]
+        shares = torch.tensor([float(np.log((trained == i).mean())) for i in among])
+        ours = torch.stack([user @ one_by_one(model, [i], "item") for i in among]) - shares
+        rows, lengths = padded([np.array(history)], model.max_seq_length)
+        encoder = model.id_model.encoder
+        theirs = encoder.scores(encoder(rows, lengths))[0, among].detach() - shares
+        total = total - (1 - distill) * ours.log_softmax(0)[0]
+        total = total - distill * (theirs.softmax(0) * ours.log_softmax(0)).sum()
     return total / len(histories)
 
 
-@pytest.mark.parametrize("negatives", ["uniform", "in_batch"])
+@pytest.mark.parametrize(
+    ("negatives", "distill"), [("uniform", 0.0), ("in_batch", 0.0), ("in_batch", 0.3)]
+)
 def test_the_loss_is_equation_16(
-    shop: Shop, negatives: str, monkeypatch: pytest.MonkeyPatch
+    shop: Shop, negatives: str, distill: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, stage = shop.model, shop.stage
-    monkeypatch.setattr(stage, "tuning", replace(stage.tuning, negatives=negatives))
+    how = replace(stage.tuning, negatives=negatives, distill=distill)
+    monkeypatch.setattr(stage, "tuning", how)
     batch = stage.plan(0)[0]
     found = stage.loss(batch)
     liked = stage.sequences.items[stage.samples.place[batch.samples]].tolist()
@@ -158,7 +166,7 @@ def test_the_loss_is_equation_16(
     else:
         other = []
         owners = [stage.sequences[int(row)] for row in stage.samples.owner[batch.samples]]
-        ranking = by_softmax(model, histories, liked, owners, stage.sequences.items)
+        ranking = by_softmax(model, histories, liked, owners, stage.sequences.items, distill)
 
     def text_states(text: np.ndarray) -> torch.Tensor:
         ids = torch.from_numpy(text)[None]
@@ -234,7 +242,7 @@ def test_only_the_alignment_learns_and_all_of_it(mini: Path, in_folder: Path) ->
     assert all(not torch.equal(before[n], p) for n, p in trained.items())
     assert all(torch.equal(frozen[n], p) for n, p in model.named_parameters() if n in frozen)
     count = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
-    assert count == 2 * 2 * (64 * 16 + 64 + 64)  # towers, layers, (W, b, c)
+    assert count == 2 * 2 * (64 * 17 + 64 + 64)  # towers, layers, (W, b, c)
 
 
 def test_a_frozen_language_model_has_no_dropout(shop: Shop) -> None:
@@ -245,7 +253,8 @@ def test_a_frozen_language_model_has_no_dropout(shop: Shop) -> None:
 
 
 def test_it_learns_a_few_samples_by_heart(mini: Path, in_folder: Path) -> None:
-    shop = shop_of(mini, in_folder, n_samples=8, tune="both", data_mode="random", align_weight=0.0)
+    how = {"tune": "both", "data_mode": "random", "align_weight": 0.0, "distill": 0.0}
+    shop = shop_of(mini, in_folder, n_samples=8, **how)
     stage = shop.stage
     optimizer = torch.optim.AdamW(stage.param_groups(), lr=2e-3)
     batch = stage.plan(0)[0]
@@ -264,7 +273,7 @@ VARIANTS = [
     {"inject": "inputs"},
     {"inject": "project_inputs"},
     {"inject": "concatenate"},
-    {"negatives": "uniform"},
+    {"negatives": "uniform", "distill": 0.0},
     {"tune": "both"},
     {"tune": "language_model"},
     {"score_norm": "cosine"},
@@ -300,28 +309,38 @@ def test_texts_that_training_never_saw_have_no_vector(shop: Shop) -> None:
     items = ids.items()
     assert (items[4] == 0).all()
     assert items[5].abs().sum() > 0
-    torch.testing.assert_close(items[warm].mean(dim=0), torch.zeros(16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(items[warm].mean(dim=0), torch.zeros(17), atol=1e-5, rtol=0)
     users = ids.users([np.array([4, 9]), np.array([4, 5])])
     assert (users[0] == 0).all()
     assert users[1].abs().sum() > 0
 
 
-def test_id_vectors_keep_the_models_own_order(shop: Shop) -> None:
+def test_id_vectors_keep_the_models_own_scores(shop: Shop) -> None:
     model, n = shop.model, shop.model.n_items
-    assert item_table(model.id_model, n) is model.id_model.encoder.item_embedding
+    encoder = model.id_model.encoder
+    torch.nn.init.normal_(encoder.output_bias)
+    assert item_scorer(model.id_model, n) == (encoder.item_embedding, encoder.output_bias)
     ids = IdVectors(model.id_model, torch.arange(n) > 0, scale=3.0)
     histories = [np.array([1, 2]), np.array([3]), np.array([5, 6, 7])]
     ids.fit(histories)
     users, items = ids.users(histories), ids.items()[1:]
-    for vectors in (users, items):
+    assert users.shape[1] == items.shape[1] == 16 + 1  # the bias is one more
+    for vectors in (users[:, :16], items[:, :16]):
         torch.testing.assert_close(vectors.square().mean().sqrt(), torch.tensor(3.0))
     rows, lengths = padded(histories, model.max_seq_length)
-    states = model.id_model.forward(rows, lengths)
-    products = states @ item_table(model.id_model, n).weight[1:n].T
-    ours = users @ items.T
-    ours, products = (x - x.mean(dim=1, keepdim=True) for x in (ours, products))
-    ratio = ours.norm() / products.norm()
-    torch.testing.assert_close(ours, products * ratio, rtol=1e-3, atol=1e-4)
+    wanted = encoder.scores(encoder(rows, lengths))[:, 1:]
+    ours = ids.scores(users, items)
+    ours, wanted = (x - x.mean(dim=1, keepdim=True) for x in (ours, wanted))
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_a_bias_has_none(mini: Path, in_folder: Path) -> None:
+    """Not even where other weights have as many numbers as there are items, all zero at first."""
+    model = shop_of(mini, in_folder, id_model="SASRec", hidden_size=32).model
+    assert model.n_items == 32
+    table, bias = item_scorer(model.id_model, model.n_items)
+    assert (table.embedding_dim, bias) == (32, None)
+    assert model.aligned.sides["user"].weight.shape[2] == 32
 
 
 def test_both_sides_begin_as_one(mini: Path, in_folder: Path) -> None:
@@ -330,7 +349,7 @@ def test_both_sides_begin_as_one(mini: Path, in_folder: Path) -> None:
     sides = model.aligned.sides
     torch.testing.assert_close(dict(sides["user"].state_dict()), dict(sides["item"].state_dict()))
     generator = torch.Generator().manual_seed(0)
-    vectors = 15 * torch.randn(24, model.ids.size, generator=generator)
+    vectors = 15 * torch.randn(24, model.item_ids.shape[1], generator=generator)
     text = [model.texts.item(1)] * len(vectors)
     with torch.no_grad():
         users, items = model.aligned.users(text, vectors), model.aligned.items(text, vectors)
@@ -388,6 +407,7 @@ def test_mistakes_get_one_sentence(mini: Path, in_folder: Path) -> None:
         ({"attributes": ["plot"]}, "set attributes to columns it has"),
         ({"use_id": False, "n_instructions": 0}, "use_id is False"),
         ({"use_id": False, "inject": "inputs"}, "use_id is False"),
+        ({"negatives": "uniform"}, "set negatives: in_batch, or distill: 0"),
         ({"inject": "concatenate", "tune": "both"}, "set tune to alignment"),
     ):
         with pytest.raises(UserError, match=says):
@@ -404,7 +424,7 @@ def test_a_run_has_all_rows_slices_and_its_samples(mini: Path, in_folder: Path) 
     assert result["test"] == result["rows"][1]["test"]
     stage = result["stages"]["alignment"]
     assert stage["samples"]["samples"] == 60
-    assert stage["trainable_parameters"] == 2 * 2 * (64 * 16 + 64 + 64)
+    assert stage["trainable_parameters"] == 2 * 2 * (64 * 17 + 64 + 64)  # 17: with the bias
     manifest = json.loads((Path(result["run_dir"]) / "samples.json").read_text())
     assert manifest == stage["samples"]
     slices = result["slices"]

@@ -39,6 +39,7 @@ class TuningSettings:
         temperature: tau of equations 14 and 15.
         negatives: ``uniform``: one item a sample (equation 13); ``in_batch``: the batch's others.
         id_scale: root mean square of an entry of the ID vectors.
+        distill: weight of the ID model's own distribution over the batch, with ``in_batch``.
     """
 
     data_mode: str
@@ -49,6 +50,7 @@ class TuningSettings:
     temperature: float
     negatives: str
     id_scale: float
+    distill: float
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,10 @@ class AlignmentStage(Stage):
         taken = np.stack([np.isin(items, self.sequences[int(owner)]) for owner in owners])
         log_share = self._log_share[torch.from_numpy(items)].to(read.scores)
         scores = read.scores[:, columns]  # (B, B)
-        return in_batch_softmax(scores, log_share, torch.from_numpy(taken).to(scores.device))
+        never, teacher = torch.from_numpy(taken).to(scores.device), None
+        if self.tuning.distill:
+            teacher = self.model.ids.scores(read.u, read.i)[:, columns]  # (B, B)
+        return in_batch_softmax(scores, log_share, never, teacher, self.tuning.distill)
 
     def _contrast(self, side: str, vectors: Tensor, texts: list[Ints], ids: Tensor) -> Tensor:
         """Equation 14 or 15. Shape: ()."""

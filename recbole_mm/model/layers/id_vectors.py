@@ -27,11 +27,12 @@ def padded(histories: list[Ints], length: int) -> tuple[Tensor, Tensor]:
 
 
 class IdVectors:
-    """User and item vectors whose product is the model's score, but for a bias an item.
+    """User and item vectors whose product is the model's score, but for a constant a user.
 
     Users' are divided by one number, and items' mean is taken off before theirs are, so that none
     are larger than another model's. Both keep a user's order of items; to centre or to scale each
-    dimension would not: the mean user's vector is what makes popular items score high.
+    dimension would not: the mean user's vector is what makes popular items score high. Where the
+    model has a bias an item, it is a last dimension of the items', and the same for all users.
     What the model has learnt nothing of, an item that training never saw or a history of such
     alone, has the zero vector.
 
@@ -43,31 +44,59 @@ class IdVectors:
 
     def __init__(self, model: Any, warm: Tensor, scale: float = 1.0) -> None:
         self.model, self.warm, self.scale = model, warm, scale
-        self._table = item_table(model, len(warm))
-        self.size = int(self._table.weight.shape[1])
-        self._user_scale: Tensor | None = None
+        self._table, self._bias = item_scorer(model, len(warm))
+        self._user_size: Tensor | None = None
 
     def fit(self, histories: list[Ints]) -> None:
         """Takes the size of users' vectors from these histories."""
         found = [self._raw(histories[i : i + 512]) for i in range(0, len(histories), 512)]
-        self._user_scale = self.scale / _size(torch.cat(found))
+        self._user_size = _size(torch.cat(found))
 
     @torch.no_grad()
     def users(self, histories: list[Ints]) -> Tensor:
         """Scaled vectors of users with these histories, oldest item first. Shape: (B, D)."""
-        if self._user_scale is None:
-            raise ValueError("fit first")
+        size = self._fitted()
         is_known = [bool(self.warm[torch.from_numpy(np.asarray(h))].any()) for h in histories]
-        known = torch.tensor(is_known, device=self._user_scale.device)[:, None]
-        return torch.where(known, self._raw(histories) * self._user_scale, 0.0)
+        known = torch.tensor(is_known, device=size.device)[:, None]
+        found = self._raw(histories) * (self.scale / size)
+        if self._bias is not None:
+            found = F.pad(found, (0, 1), value=self.scale)
+        return torch.where(known, found, 0.0)
 
     @torch.no_grad()
     def items(self) -> Tensor:
         """Centred and scaled vectors of all items. Shape: (V, D)."""
-        table = self._table.weight[: len(self.warm)].detach()
+        n_items = len(self.warm)
+        table = self._table.weight[:n_items].detach()
         warm = self.warm.to(table.device)
-        centred = table - table[warm].mean(dim=0)
-        return torch.where(warm[:, None], centred * (self.scale / _size(centred[warm])), 0.0)
+        found = (table - table[warm].mean(dim=0)) * (self.scale / self._item_size(warm))
+        if self._bias is not None:
+            bias = self._bias[:n_items].detach()
+            centred = (bias - bias[warm].mean()) * (self._gain(warm) / self.scale)
+            found = torch.cat([found, centred[:, None]], dim=1)
+        return torch.where(warm[:, None], found, 0.0)
+
+    def scores(self, users: Tensor, items: Tensor) -> Tensor:
+        """The model's own by scaled vectors, but for a constant a user. Shape: (B, n).
+
+        Args:
+            users: shape (B, D).
+            items: shape (n, D).
+        """
+        return users @ items.T / self._gain(self.warm.to(items.device))
+
+    def _gain(self, warm: Tensor) -> Tensor:
+        """How much larger products of scaled vectors are. Shape: ()."""
+        return self.scale**2 / (self._fitted() * self._item_size(warm))
+
+    def _item_size(self, warm: Tensor) -> Tensor:
+        table = self._table.weight[: len(warm)].detach()[warm]
+        return _size(table - table.mean(dim=0))
+
+    def _fitted(self) -> Tensor:
+        if self._user_size is None:
+            raise ValueError("fit first")
+        return self._user_size
 
     @torch.no_grad()
     def _raw(self, histories: list[Ints]) -> Tensor:
@@ -106,9 +135,17 @@ def _scale(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.mean(dim=0), torch.where(deviation > 1e-6, deviation, 1.0)
 
 
-@torch.no_grad()
 def item_table(model: Any, n_items: int, key: str = "id_model") -> nn.Embedding:
-    """The embedding whose products with the model's states are its scores.
+    """The embedding whose products with the model's states are its scores; see `item_scorer`."""
+    return item_scorer(model, n_items, key)[0]
+
+
+@torch.no_grad()
+def item_scorer(
+    model: Any, n_items: int, key: str = "id_model"
+) -> tuple[nn.Embedding, nn.Parameter | None]:
+    """The embedding whose products with the model's states are its scores, and what a score has
+    beside them: a bias an item, or nothing.
 
     Args:
         model: any of RecBole's sequential models or ours.
@@ -131,11 +168,23 @@ def item_table(model: Any, n_items: int, key: str = "id_model") -> nn.Embedding:
         if isinstance(module, nn.Embedding) and states.ndim == 2 and _fits(module, states, n_items):
             rest = scores - states @ module.weight[:n_items].to(scores).T  # (B, V), the items' bias
             if _spread(rest) < _TOLERANCE * _spread(scores):
-                return module
+                return module, _bias(model, rest[0], module.num_embeddings)
     raise UserError(
         f"{key} is {type(model).__name__}, whose scores are no products of a user's and an "
         "item's vector: take another, such as LRURec, SASRec or GRU4Rec."
     )
+
+
+def _bias(model: nn.Module, rest: Tensor, n_rows: int) -> nn.Parameter | None:
+    """The weight that holds what is left of the scores: a number an item."""
+    if rest.abs().max() < 1e-5:  # rounding: nothing is left
+        return None
+    for weight in model.parameters():
+        if weight.shape == (n_rows,):
+            missing = (rest - weight[: len(rest)].to(rest))[1:].abs().max()
+            if missing < _TOLERANCE * (1 + rest.abs().max()):
+                return weight
+    return None
 
 
 def _spread(scores: Tensor) -> Tensor:
