@@ -38,7 +38,7 @@ _NOT_NEGATIVE_OF_STAGE = (
     *("epochs", "max_steps", "max_minutes", "warmup_steps", "eval_every", "valid_users"),
     "clip_norm",
 )
-_NOT_NEGATIVE = ("seed", "worker", "max_minutes")
+_NOT_NEGATIVE = ("seed", "worker", "max_minutes", "popularity_slices")
 _SIZES = ("hidden_size", "n_layers", "n_heads", "inner_size", "embedding_size")
 # What one target among candidates can be measured by.
 _OF_CANDIDATES = ("recall", "hit", "precision", "mrr", "map", "ndcg", "auc", "gauc")

@@ -16,13 +16,14 @@ from recbole_mm import compat, machine, registry
 from recbole_mm.config import VOLATILE_KEYS, MMConfig, parse_value
 from recbole_mm.errors import UserError, nearest
 from recbole_mm.report.places import PLACES, write_places
-from recbole_mm.report.slices import by_history, warm_and_cold
+from recbole_mm.report.slices import by_history, by_popularity, warm_and_cold
 from recbole_mm.trainer.checkpoint import write_json
 from recbole_mm.trainer.run import Run, check_given, check_same, earlier_run, same_run
 
 # What a trained run can be evaluated with, beside the keys that change no number at all.
 _MEASURES = (
     *("mask_history", "eval_candidates", "metrics", "topk", "valid_metric", "history_slices"),
+    "popularity_slices",
 )
 _RANKER_AT_WORK = (
     "fusion",
@@ -262,6 +263,7 @@ def _slices(config: MMConfig, data: Data, found: Any, metrics: list[str]) -> dic
     train, test = data.train._dataset, data.test._dataset
     return {
         **warm_and_cold(train, test, found, metrics),
+        **by_popularity(train, test, found, metrics, config["popularity_slices"]),
         **by_history(test, found, metrics, config["history_slices"] or ()),
     }
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from recbole_mm.cli import main
 from recbole_mm.config import read_yaml
+from recbole_mm.data.demo import make_demo
+from recbole_mm.data.features import save_features
 
 PAPER = Path(__file__).resolve().parents[1] / "properties" / "paper"
 SMALL = [
@@ -21,11 +24,22 @@ SMALL = [
 RECIPES = sorted(path.stem for path in PAPER.glob("illmrec_*.yaml"))
 
 
+def second_encoder(folder: Path) -> None:
+    """Features of the demo's pictures by the name of another encoder."""
+    make_demo(folder / "mm-demo")
+    rows = (folder / "mm-demo" / "mm-demo.item").read_text().splitlines()[1:]
+    items = [row.split("\t")[0] for row in rows]
+    matrix = np.random.default_rng(0).normal(size=(len(items), 12)).astype(np.float32)
+    save_features(folder / "mm-demo", "mm-demo", "clip-image", matrix, items, encoder="random")
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_by_one_command(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if name == "illmrec_table6":
+        second_encoder(tmp_path / "dataset")
     assert main([f"--config_files={name}", *SMALL, "--result_file=r.json"]) == 0
     results = json.loads((tmp_path / "r.json").read_text())
     variants = read_yaml(PAPER / f"{name}.yaml")["variants"]
@@ -38,4 +52,7 @@ def test_a_recipe_runs_by_one_command(
 
 
 def test_there_is_a_recipe_for_each_table_of_the_model() -> None:
-    assert {name.split("_")[1] for name in RECIPES} == {f"table{n}" for n in (1, 2, 3, 4, 7)}
+    assert {name.split("_")[1] for name in RECIPES} == {
+        *(f"table{n}" for n in (1, 2, 3, 4, 6, 7)),
+        *("figure5", "figure6", "figure7"),
+    }

@@ -11,7 +11,7 @@ import torch
 from recbole_mm.config import MMConfig
 from recbole_mm.data.sequences import group_by_user
 from recbole_mm.errors import UserError
-from recbole_mm.report.slices import by_history
+from recbole_mm.report.slices import by_history, by_popularity
 
 
 class Part:
@@ -47,6 +47,41 @@ def test_no_edges_no_places_or_several_targets_give_no_slices() -> None:
     assert by_history(part, twice, ["recall@1"], [5]) == {}
     part.sequences = None  # a ready-made split
     assert by_history(part, one, ["recall@1"], [5]) == {}
+
+
+class Bought:
+    """A part with one target a user, and training in which items were taken so often."""
+
+    def __init__(self, targets: dict[int, int], counts: list[int]) -> None:
+        self.uid_field, self.iid_field, self.item_num = "u", "i", len(counts)
+        self.inter_feat = {"u": torch.tensor([*targets]), "i": torch.tensor([*targets.values()])}
+        items = np.repeat(np.arange(len(counts)), counts)
+        self.train_sequences: Any = group_by_user(np.ones_like(items), items)
+
+
+def test_groups_of_items_are_equal_and_the_first_is_the_rarest() -> None:
+    part = Bought({1: 4, 2: 1, 3: 6, 4: 5, 5: 3}, [0, 5, 9, 1, 0, 7, 1])  # ascending: 4 3 6 1 5 2
+    found = (torch.tensor([1, 2, 3, 4, 5]), torch.tensor([1, 2, 0, 4, 1]))
+    slices = by_popularity(part, part, found, ["recall@10", "mrr@10", "auc"], 3)
+    assert slices == {
+        "popularity 1": {"users": 2, "recall@10": 1.0, "mrr@10": 1.0},  # of 4 and 3
+        "popularity 2": {"users": 2, "recall@10": 0.5, "mrr@10": 0.25},  # of 6 and 1
+        "popularity 3": {"users": 1, "recall@10": 1.0, "mrr@10": 0.25},  # of 5
+    }
+
+
+def test_no_groups_no_places_or_several_targets_give_no_groups() -> None:
+    part, found = Bought({1: 1}, [0, 3, 2]), (torch.tensor([1]), torch.tensor([1]))
+    assert by_popularity(part, part, found, ["recall@1"], 0) == {}
+    assert by_popularity(part, part, None, ["recall@1"], 2) == {}
+    twice = (torch.tensor([1, 1]), torch.tensor([1, 2]))
+    assert by_popularity(part, part, twice, ["recall@1"], 2) == {}
+    assert by_popularity(part, part, found, ["recall@1"], 2)["popularity 1"] == {"users": 0}
+
+
+def test_a_number_of_groups_that_is_none() -> None:
+    with pytest.raises(UserError, match="popularity_slices: it must be 0 or more"):
+        MMConfig("Pop", "ml-100k", overrides={"popularity_slices": -1})
 
 
 @pytest.mark.parametrize("edges", ["[40,30]", "[0]", "[30,30]", "[1.5]", "[long]", "[True]"])

@@ -35,6 +35,7 @@ from torch import Tensor
 from recbole_mm.data.content import ItemContent
 from recbole_mm.data.windows import WINDOWS
 from recbole_mm.errors import UserError
+from recbole_mm.model.layers.descriptions import descriptions_of
 from recbole_mm.model.layers.feature_types import (
     TYPES,
     FeatureReader,
@@ -93,6 +94,8 @@ class ILLMRec(SequentialRecommender):
         **dict.fromkeys(("max_attr_tokens", "max_description_tokens", "max_context"), (1, inf)),
         **dict.fromkeys(("adaptor_hidden", "head_hidden", "d_s"), (1, inf)),
         **dict.fromkeys(("n_neg", "score_tokens", "max_history"), (1, inf)),
+        **dict.fromkeys(("summary_tokens", "generate_tokens"), (1, inf)),
+        "description_noise": (0, inf),
     }
     stage_names = ("cf", "alignment")
 
@@ -126,7 +129,8 @@ class ILLMRec(SequentialRecommender):
         cf_width = item_table(self.cf, self.n_items, "cf").weight.shape[1]
         widths = {kind: f.width for kind, f in self.features.items()} | {"cf": int(cf_width)}
         language_model, self.fingerprint = None, ""
-        if config["use_llm"]:
+        if config["use_llm"]:  # features above are of the columns, whatever prompts say
+            properties.descriptions = descriptions_of(config, content, properties.texts())
             backbone = _backbone(config, properties, how)
             self.prompts = ImagePrompts(how, properties, backbone, self._has_vector)
             self.backbone_name, self.pad_id = backbone.name, backbone.pad_id

@@ -35,6 +35,9 @@ class Properties:
     Args:
         content: of the items.
         columns: the column of each property; one that the dataset lacks is passed over.
+
+    Attributes:
+        descriptions: by item id, instead of the column's; None: they are the column's.
     """
 
     def __init__(self, content: ItemContent, columns: Mapping[str, str]) -> None:
@@ -43,17 +46,28 @@ class Properties:
                 f"columns: '{unknown[0]}' is no property, only {', '.join(PROPERTIES)} are."
             )
         self.content = content
+        self.descriptions: Mapping[int, str] | None = None
         self._columns = {k: v for k, v in columns.items() if v in content.attributes}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._columns
+        return name in self._columns or (name == "description" and bool(self.descriptions))
 
     def text(self, item: int, name: str) -> str | None:
         """What is known of an item, None where nothing is; of a category's path the last part."""
+        if name == "description" and self.descriptions is not None:
+            return self.descriptions.get(item)
         if name not in self._columns:
             return None
         text = self.content.text(item, self._columns[name])
         return text.rpartition(" > ")[2] if text and name == "category" else text
+
+    def texts(self) -> dict[str, dict[int, str]]:
+        """What is known of all items, by property."""
+        items = range(1, len(self.content.item_tokens))
+        told = {name: {item: self.text(item, name) for item in items} for name in PROPERTIES}
+        return {
+            name: {item: text for item, text in of.items() if text} for name, of in told.items()
+        }
 
     def everything(self, item: int) -> str | None:
         """All that is known of an item."""
