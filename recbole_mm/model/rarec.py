@@ -12,6 +12,8 @@ Differs from the paper:
 - ID vectors are scaled, each side by one number, so that an alignment does not depend on the ID
   model's scale; both sides' projectors begin alike, so that their product is near the ID model's.
 - ``negatives: in_batch``, the default: a softmax over the batch instead of equation 13's one other.
+  Half of what it is to meet is the ID model's own distribution over the batch (``distill``).
+- An ID model's bias an item is one more dimension of its vectors.
 - Trained are 1,216,512 parameters at the paper's sizes (its 18,432 are the instructions alone).
 """
 
