@@ -13,12 +13,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(work: Path, name: str, flags: dict[str, str]) -> dict[str, Any]:
-    """The result of one run of PRIME, from the disk where it is there."""
+def run(work: Path, name: str, flags: dict[str, str], model: str = "PRIME") -> dict[str, Any]:
+    """The result of one run, from the disk where it is there."""
     path = work / f"{name}.json"
     if not path.is_file():
         words = [f"--{key}={value}" for key, value in {**flags, "result_file": path.name}.items()]
-        command = [sys.executable, str(ROOT / "run_recbole_mm.py"), "--model=PRIME", *words]
+        command = [sys.executable, str(ROOT / "run_recbole_mm.py"), f"--model={model}", *words]
         with (work / f"{name}.log").open("w") as log:
             subprocess.run(command, cwd=work, stdout=log, stderr=log, check=True)
         print(f"{name} done", flush=True)

@@ -17,3 +17,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found in {folder}: set RECBOLE_MM_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds `mm-demo`, drawn once: that takes longer than many a run on it."""
+    from recbole_mm.data.demo import make_demo
+
+    root = tmp_path_factory.mktemp("demo")
+    make_demo(root / "mm-demo")
+    return root

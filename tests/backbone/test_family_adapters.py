@@ -17,6 +17,7 @@ from tests.backbone.shop import CANDIDATES, HISTORIES, PLACES, ranker_of, spec_o
 LANGUAGE = {
     "qwen2_5_vl": "model.language_model.",
     "llava": "model.language_model.",
+    "llava_next": "model.language_model.",
     "idefics3": "model.text_model.",
     "causal_lm": "model.",
 }

@@ -354,6 +354,8 @@ def test_negatives_were_never_taken(source: str) -> None:
         ({"backbone": "tiny-llama-2", "text_backbone": "tiny"},
          r"reads text alone and can be shown no pictures: set use_candidate_image: False and item"),
         ({"max_pref_tokens": 40000}, r"A question takes up to \d+ tokens, 13 of them the item's"),
+        ({"backbone": "tiny-qwen2-vl", "max_pixels": 40_000_000},
+         r"A question takes up to \d+ tokens, 51\d\d\d of them the item's picture, which is never"),
         ({"attributes": ["brnd"], "use_candidate_image": False}, "MLLM-MSR reads brnd, but"),
         ({"wording": {"thing": "film"}}, "wording has no word 'thing'"),
         ({"item_text": "pictures"}, "item_text is 'pictures': use title, image"),

@@ -18,6 +18,11 @@ FLAGS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def flags(demo_path: Path) -> list[str]:
+    return ["--model=MLLMMSR", f"--data_path={demo_path}", *FLAGS]
+
+
 def keys(folder: Path) -> list[str]:
     """Of every text that is kept, as often as it was written."""
     lines = [line for p in folder.glob("cache/*/*.jsonl") for line in p.read_text().splitlines()]
@@ -25,14 +30,16 @@ def keys(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, flags: list[str]
+) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("whole")
-    return folder, run(folder, "--model=MLLMMSR", *FLAGS)
+    return folder, run(folder, *flags)
 
 
 @pytest.mark.parametrize("stage", ["item_summary", "user_summary", "sft"])
 def test_killed_and_resumed_equals_uninterrupted(
-    whole: tuple[Path, dict[str, Any]], stage: str, tmp_path: Path
+    whole: tuple[Path, dict[str, Any]], flags: list[str], stage: str, tmp_path: Path
 ) -> None:
     folder, expected = whole
     items = expected["stages"]["item_summary"]["descriptions"]
@@ -44,11 +51,11 @@ def test_killed_and_resumed_equals_uninterrupted(
         texts = sum(p.read_bytes().count(b"\n") for p in tmp_path.glob("cache/*/*.jsonl"))
         return stage not in stages and texts > (items + 10 if stage == "user_summary" else 10)
 
-    kill_when(tmp_path, ready, "--model=MLLMMSR", *FLAGS)
+    kill_when(tmp_path, ready, *flags)
     (state,) = [json.loads(p.read_text()) for p in tmp_path.glob("saved/*/state.json")]
     assert not state["stages"].get(stage, {}).get("done")
     there = len(keys(tmp_path))
-    resumed = run(tmp_path, "--model=MLLMMSR", *FLAGS, "--resume")
+    resumed = run(tmp_path, *flags, "--resume")
     assert len(list(tmp_path.glob("saved/*"))) == 1, "resuming must not start a second run"
     assert 0 < there <= len(keys(tmp_path))
     assert Counter(keys(tmp_path)) == Counter(keys(folder)), "nothing is written twice"
@@ -60,12 +67,12 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 
 def test_a_later_run_takes_the_texts_of_an_earlier_one(
-    whole: tuple[Path, dict[str, Any]], tmp_path: Path
+    whole: tuple[Path, dict[str, Any]], flags: list[str], tmp_path: Path
 ) -> None:
     """From its folder, and evaluates it again; nothing is generated."""
     folder, expected = whole
     given = [f"--{s}_from={folder / expected['run_dir']}" for s in ("item_summary", "user_summary")]
-    found = run(tmp_path, "--model=MLLMMSR", *FLAGS, *given, "--cache_dir=mine")
+    found = run(tmp_path, *flags, *given, "--cache_dir=mine")
     assert found["test"] == expected["test"]
     assert not list(tmp_path.glob("mine/*/*.jsonl"))
     again = run(folder, f"--load={expected['run_dir']}", "--dataset=mm-demo")
