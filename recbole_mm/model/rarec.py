@@ -12,7 +12,8 @@ Differs from the paper:
 - ID vectors are scaled, each side by one number, so that an alignment does not depend on the ID
   model's scale; both sides' projectors begin alike, so that their product is near the ID model's.
 - ``negatives: in_batch``, the default: a softmax over the batch instead of equation 13's one other.
-  Half of what it is to meet is the ID model's own distribution over the batch (``distill``).
+  Half of the loss is to meet the ID model's own distribution over these and items that it likes
+  (``distill``).
 - An ID model's bias an item is one more dimension of its vectors.
 - Trained are 1,216,512 parameters at the paper's sizes (its 18,432 are the instructions alone).
 """
@@ -76,6 +77,7 @@ class RARec(SequentialRecommender):
         "temperature": (1e-3, inf),
         "id_scale": (1e-3, inf),
         "distill": (0, 1),
+        "distill_items": (0, inf),
         "align_weight": (0, inf),
         "max_user_tokens": (1, inf),
         "max_item_tokens": (1, inf),
@@ -263,6 +265,7 @@ def _tuning(config: Any) -> TuningSettings:
         config["negatives"],
         config["id_scale"],
         config["distill"],
+        config["distill_items"],
     )
 
 

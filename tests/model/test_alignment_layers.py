@@ -14,6 +14,7 @@ from recbole_mm.model.layers.alignment import (
     Concatenation,
     InputAlignment,
     bpr,
+    distillation,
     in_batch_softmax,
     info_nce,
 )
@@ -139,28 +140,21 @@ def test_in_batch_softmax_leaves_out_what_the_user_took() -> None:
     assert gradient[0, 2] == 0
 
 
-def test_a_teacher_is_met_among_the_same_items() -> None:
-    """Naive: a distribution a row over what the user did not take, and its cross entropy."""
+def test_a_teachers_distribution_is_met() -> None:
     generator = torch.Generator().manual_seed(1)
-    scores, teacher = (torch.randn(4, 4, generator=generator).double() for _ in range(2))
+    scores, teacher = (torch.randn(3, 5, generator=generator).double() for _ in range(2))
     scores.requires_grad_(True)
-    log_share = torch.tensor([0.1, 0.2, 0.3, 0.4]).double().log()
-    taken = torch.eye(4, dtype=torch.bool)
-    taken[1, 3] = taken[2, 0] = True
-    found = in_batch_softmax(scores, log_share, taken, teacher, 0.3)
-    losses = []
-    for row in range(4):
-        free = [c for c in range(4) if c == row or not taken[row, c]]
-        ours = [(scores[row, c] - log_share[c]).exp() for c in free]
-        theirs = [(teacher[row, c] - log_share[c]).exp() for c in free]
-        wanted = [
-            0.7 * (c == row) + 0.3 * t / sum(theirs) for c, t in zip(free, theirs, strict=True)
+    found, losses = distillation(scores, teacher), []
+    for ours, theirs in zip(scores.exp(), teacher.exp(), strict=True):
+        losses += [
+            -(t / theirs.sum()) * (o / ours.sum()).log() for o, t in zip(ours, theirs, strict=True)
         ]
-        losses.append(-sum(w * (o / sum(ours)).log() for w, o in zip(wanted, ours, strict=True)))
-    expected = sum(losses) / 4
+    expected = sum(losses) / 3
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(loss, scores)[0] for loss in (found, expected)]
     torch.testing.assert_close(*gradients)
+    own = torch.autograd.grad(distillation(scores, scores.detach() + 2.0), scores)[0]
+    assert own.abs().max() < 1e-12  # met, whatever is added to a row
 
 
 def test_in_batch_softmax_finds_probabilities_whatever_the_samples_are_drawn_by() -> None:

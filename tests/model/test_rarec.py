@@ -129,21 +129,28 @@ def by_softmax(
     liked: list[int],
     owners: list[np.ndarray],
     trained: np.ndarray,
-    distill: float,
 ) -> torch.Tensor:
-    """A sample's item against those of the others, but for what its user took; and as the ID model
-    would have it."""
+    """A sample's item against those of the others, but for what its user took."""
     total = torch.zeros(())
     for history, item, taken in zip(histories, liked, owners, strict=True):
         user = one_by_one(model, history)
-        among = [item, *(other for other in liked if other not in taken)]
-        shares = torch.tensor([float(np.log((trained == i).mean())) for i in among])
-        ours = torch.stack([user @ one_by_one(model, [i], "item") for i in among]) - shares
+        rivals = [item, *(other for other in liked if other not in taken)]
+        logits = [
+            user @ one_by_one(model, [i], "item") - np.log((trained == i).mean()) for i in rivals
+        ]
+        total = total + torch.stack(logits).logsumexp(0) - logits[0]
+    return total / len(histories)
+
+
+def by_the_teacher(model: RARec, histories: list[list[int]], items: list[int]) -> torch.Tensor:
+    """The ID model's distribution over the items, and ours."""
+    total, encoder = torch.zeros(()), model.id_model.encoder
+    for history in histories:
+        user = one_by_one(model, history)
+        ours = torch.stack([user @ one_by_one(model, [i], "item") for i in items]).log_softmax(0)
         rows, lengths = padded([np.array(history)], model.max_seq_length)
-        encoder = model.id_model.encoder
-        theirs = encoder.scores(encoder(rows, lengths))[0, among].detach() - shares
-        total = total - (1 - distill) * ours.log_softmax(0)[0]
-        total = total - distill * (theirs.softmax(0) * ours.log_softmax(0)).sum()
+        theirs = encoder.scores(encoder(rows, lengths))[0, items].detach().softmax(0)
+        total = total - (theirs * ours).sum()
     return total / len(histories)
 
 
@@ -166,7 +173,12 @@ def test_the_loss_is_equation_16(
     else:
         other = []
         owners = [stage.sequences[int(row)] for row in stage.samples.owner[batch.samples]]
-        ranking = by_softmax(model, histories, liked, owners, stage.sequences.items, distill)
+        ranking = by_softmax(model, histories, liked, owners, stage.sequences.items)
+    if distill:
+        u = model.ids.users([np.array(history) for history in histories])
+        other = stage._favourites(u, batch.seed).tolist()
+        teacher = by_the_teacher(model, histories, sorted({*liked, *other}))
+        ranking = (1 - distill) * ranking + distill * teacher
 
     def text_states(text: np.ndarray) -> torch.Tensor:
         ids = torch.from_numpy(text)[None]

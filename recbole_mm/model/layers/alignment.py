@@ -120,13 +120,7 @@ def bpr(liked: Tensor, other: Tensor) -> Tensor:
     return -F.logsigmoid(liked - other).mean()
 
 
-def in_batch_softmax(
-    scores: Tensor,
-    log_share: Tensor,
-    taken: Tensor,
-    teacher: Tensor | None = None,
-    weight: float = 0.0,
-) -> Tensor:
+def in_batch_softmax(scores: Tensor, log_share: Tensor, taken: Tensor) -> Tensor:
     """Cross entropy of the item that followed among those that followed the batch's samples.
 
     The others of a batch tell how well an item fits beyond its popularity: the logarithm of its
@@ -138,21 +132,28 @@ def in_batch_softmax(
         scores: of users and the samples' items; the diagonal's are those that followed. (B, B)
         log_share: of all training positions, by item. Shape: (B,).
         taken: whether the user took the item at any time: then it is no negative. Shape: (B, B).
-        teacher: another model's scores, whose distribution over these items is to be met too
-            (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015). Shape: (B, B).
-        weight: of the teacher's distribution; the item that followed has the rest.
 
     Returns:
         The mean over users. Shape: ().
     """
-    right = torch.eye(len(scores), device=scores.device)  # (B, B)
-    never = taken & (right == 0)
-    found = (scores - log_share).masked_fill(never, -torch.inf).log_softmax(dim=1)
-    wanted = right
-    if teacher is not None:
-        said = (teacher - log_share).masked_fill(never, -torch.inf).softmax(dim=1)
-        wanted = (1 - weight) * right + weight * said
-    return -(wanted * found.masked_fill(never, 0)).sum(dim=1).mean()
+    right = torch.arange(len(scores), device=scores.device)
+    never = taken & (right[:, None] != right)
+    return F.cross_entropy((scores - log_share).masked_fill(never, -torch.inf), right)
+
+
+def distillation(scores: Tensor, teacher: Tensor) -> Tensor:
+    """Cross entropy of another model's distribution over the same items.
+
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, at temperature 1.
+
+    Args:
+        scores: shape (B, n).
+        teacher: the other model's scores, but for a constant a row. Shape: (B, n).
+
+    Returns:
+        The mean over rows. Shape: ().
+    """
+    return -(teacher.softmax(dim=1) * scores.log_softmax(dim=1)).sum(dim=1).mean()
 
 
 def info_nce(aligned: Tensor, texts: Tensor, ids: Tensor, temperature: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recbole_mm.data.construction import construct
 from recbole_mm.data.sequences import UserSequences, epoch_plan
-from recbole_mm.model.layers.alignment import bpr, in_batch_softmax, info_nce
+from recbole_mm.model.layers.alignment import bpr, distillation, in_batch_softmax, info_nce
 from recbole_mm.model.layers.id_vectors import IdVectors
 from recbole_mm.model.layers.ranking import choose_alpha
 from recbole_mm.stage import Stage, StageContext, StageSettings, UnfitWeightsError, seeded_rows
@@ -39,7 +39,8 @@ class TuningSettings:
         temperature: tau of equations 14 and 15.
         negatives: ``uniform``: one item a sample (equation 13); ``in_batch``: the batch's others.
         id_scale: root mean square of an entry of the ID vectors.
-        distill: weight of the ID model's own distribution over the batch, with ``in_batch``.
+        distill: weight of the ID model's own distribution, with ``in_batch``.
+        distill_items: items a sample that are drawn from it, and stand beside the batch's.
     """
 
     data_mode: str
@@ -51,6 +52,7 @@ class TuningSettings:
     negatives: str
     id_scale: float
     distill: float
+    distill_items: int
 
 
 @dataclass(frozen=True)
@@ -180,11 +182,12 @@ class AlignmentStage(Stage):
         if self.tuning.negatives == "uniform":
             drawn = self._negatives(rows, np.random.default_rng(batch.seed))
             items = np.concatenate([items, drawn])  # (2B,)
-        known, columns = np.unique(items, return_inverse=True)
         histories = [self._history(row) for row in rows]
         texts = [model.texts.history(history) for history in histories]
-        item_texts = [model.texts.item(item) for item in known.tolist()]
         u = model.ids.users(histories)  # (B, D)
+        known = np.unique(np.concatenate([items, self._favourites(u, batch.seed)]))
+        columns = np.searchsorted(known, items)
+        item_texts = [model.texts.item(item) for item in known.tolist()]
         i = model.item_ids[torch.from_numpy(known).to(u.device)]  # (n, D)
         users, found = model.aligned.users(texts, u), model.aligned.items(item_texts, i)
         scores = users @ found.T * model.aligned.scale  # (B, n)
@@ -199,10 +202,24 @@ class AlignmentStage(Stage):
         taken = np.stack([np.isin(items, self.sequences[int(owner)]) for owner in owners])
         log_share = self._log_share[torch.from_numpy(items)].to(read.scores)
         scores = read.scores[:, columns]  # (B, B)
-        never, teacher = torch.from_numpy(taken).to(scores.device), None
-        if self.tuning.distill:
-            teacher = self.model.ids.scores(read.u, read.i)[:, columns]  # (B, B)
-        return in_batch_softmax(scores, log_share, never, teacher, self.tuning.distill)
+        loss = in_batch_softmax(scores, log_share, torch.from_numpy(taken).to(scores.device))
+        weight = self.tuning.distill
+        if not weight:
+            return loss
+        teacher = self.model.ids.scores(read.u, read.i)  # (B, n)
+        return (1 - weight) * loss + weight * distillation(read.scores, teacher)
+
+    def _favourites(self, u: Tensor, seed: tuple[int, int, int]) -> Ints:
+        """What the ID model would recommend these users, drawn from its own distribution: items on
+        which batches, whose items are anybody's, tell little. Shape: (n,)."""
+        if not self.tuning.distill:
+            return np.empty(0, dtype=np.int64)
+        scores = self.model.ids.scores(u, self.model.item_ids)  # (B, V)
+        noise = np.random.default_rng(seed).gumbel(size=tuple(scores.shape))
+        drawn = scores + torch.from_numpy(noise).to(scores)
+        drawn = drawn.masked_fill(~self._warm.to(scores.device), -torch.inf)
+        count = min(self.tuning.distill_items, int(self._warm.sum()))
+        return drawn.topk(count, dim=1).indices.flatten().numpy(force=True)
 
     def _contrast(self, side: str, vectors: Tensor, texts: list[Ints], ids: Tensor) -> Tensor:
         """Equation 14 or 15. Shape: ()."""
