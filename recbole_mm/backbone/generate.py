@@ -287,8 +287,8 @@ def check_room(backbone: Backbone, tokens: int) -> None:
     if backbone.context is not None and tokens > backbone.context:
         raise UserError(
             f"A prompt and its answer take up to {tokens} tokens, but backbone '{backbone.name}' "
-            f"reads {backbone.context}: lower max_item_tokens, max_pref_tokens, block_size or "
-            "max_pixels, or take a backbone that reads more."
+            f"reads {backbone.context}: lower the budgets of texts (keys that end in _tokens), "
+            "block_size or max_pixels, or take a backbone that reads more."
         )
 
 

@@ -72,6 +72,16 @@ def test_a_text_is_the_same_in_any_batch(tmp_path: Path, family: str, temperatur
     assert (again == together) == (temperature == 0)
 
 
+def test_a_prompt_that_is_never_read_whole_is_refused(tmp_path: Path) -> None:
+    writer = writer_of(tmp_path, "causal_lm")
+    context = writer.source.get().context
+    assert context is not None
+    long = Quoted("a " * 3 * context, 3 * context)
+    with pytest.raises(UserError, match=rf"reads {context}: lower the budgets of texts"):
+        writer.texts([("Describe", long)])
+    assert writer.texts([("Describe", Quoted(long.text, 9))])
+
+
 @pytest.mark.parametrize("family", ["causal_lm", "qwen2_vl"])
 def test_greedy_decoding_is_hugging_faces(family: str) -> None:
     """Token by token, where nothing ends before it is cut."""
