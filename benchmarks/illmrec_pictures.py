@@ -10,6 +10,8 @@ are in the pictures and nowhere else.
   feature types, by a tiny language model and by the control without one. Trained on, a state that
   knows the place learns that novelties were tried whatever their look, so that validation has to
   stop it early.
+- look: the same among 100 others, retrieved by pictures and words, or by words: what the look is
+  worth where no CF vector of a candidate tells its place.
 - taste: each user has a favourite look, and only the history's pictures tell which; targets are
   ranked among 100 others, as in the paper. Items are pictures in the prompt, and retrieved by all
   feature types, by all but pictures, or by pictures alone; these with alignment (ILA) too, and with
@@ -73,6 +75,24 @@ PARTS: dict[str, dict[str, Any]] = {
             "neither": {**NO_PICTURES, "use_llm": False},
         },
         "pairs": [("all", "without pictures"), ("no language model", "neither")],
+    },
+    "look": {
+        "dataset": "mm-demo",
+        "eval_candidates": "cand100",
+        "cf_stopping_step": 40,
+        "cf_epochs": 40,
+        "dropout_prob": 0.2,
+        "attn_dropout_prob": 0.2,
+        "item_repr": "cf",
+        "max_history": 1,
+        "n_neg": 64,
+        "alignment_max_steps": 200,
+        "alignment_eval_every": 20,
+        "variants": {
+            "pictures and words": {"ire_features": ["img", "text"]},
+            "words": {"cf_from": "pictures and words", "ire_features": ["text"]},
+        },
+        "pairs": [("pictures and words", "words")],
     },
     "taste": {
         "dataset": "mm-taste",
@@ -142,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="2020,2021,2022")
-    parser.add_argument("--parts", default="demo,taste")
+    parser.add_argument("--parts", default="demo,look,taste")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     parts = args.parts.split(",")
