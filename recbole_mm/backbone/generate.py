@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recbole_mm.backbone.batch import PromptBatch, by_length, collate
-from recbole_mm.backbone.load import Backbone, BackboneSpec, load_backbone, weight_files
+from recbole_mm.backbone.load import Backbone, BackboneSpec, load_backbone, model_files
 from recbole_mm.backbone.prompt import Prompt, clean_text, join, text_piece
 from recbole_mm.backbone.vision import ItemImages
 from recbole_mm.errors import UserError
@@ -191,7 +191,7 @@ class LazyBackbone:
         if self.spec.is_tiny:
             parts += [dict(self.spec.tiny or {}), self._seed, [*self._texts], [*self._fixed]]
         else:
-            parts += weight_files(self.spec.model)
+            parts += model_files(self.spec.model)
         return _digest(parts)
 
 

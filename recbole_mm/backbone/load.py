@@ -40,6 +40,7 @@ RUN_KEYS = (
     "lora_alpha",
     "lora_dropout",
 )
+_DECIDES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 _QUANTIZE = ("none", "nf4")
 _ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
@@ -176,7 +177,7 @@ class Backbone(nn.Module):
             width,
         ]
         if Path(spec.model).is_dir():
-            parts += weight_files(spec.model)
+            parts += model_files(spec.model)
         else:
             parts.append(getattr(model.config, "_commit_hash", None) or spec.revision)
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -254,9 +255,12 @@ class Backbone(nn.Module):
         return flat.index_copy(0, batch.image_at, rows[batch.image_row]).view_as(embeds)
 
 
-def weight_files(model: str) -> list[tuple[str, int, int]]:
-    """Path, size and time of each file of weights in a local folder; none for a name of the hub."""
-    files = sorted(Path(model).resolve().glob("*.safetensors")) if Path(model).is_dir() else []
+def model_files(model: str) -> list[tuple[str, int, int]]:
+    """Path, size and time of each file of a local folder that decides what a model reads and says:
+    weights, tokenizer, chat template, settings; none for a name of the hub."""
+    if not Path(model).is_dir():
+        return []
+    files = sorted(f for f in Path(model).resolve().iterdir() if f.suffix in _DECIDES)
     return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,24 @@ def test_a_text_is_the_same_in_any_batch(tmp_path: Path, family: str, temperatur
     assert len({*together}) > 3  # and not because it always says the same
     again = writer_of(tmp_path / "c", family, draw=1, **how).texts(requests())
     assert (again == together) == (temperature == 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer_config.json", "chat_template.jinja"]
+)
+def test_a_folder_with_another_file_writes_anew(tmp_path: Path, name: str) -> None:
+    for file in ("model.safetensors", "tokenizer_config.json", "chat_template.jinja", "README.md"):
+        (tmp_path / file).write_text("{}")
+    spec = replace(spec_of(family="chat_lm"), model=str(tmp_path), is_tiny=False)
+
+    def identity() -> str:
+        return LazyBackbone(spec, [], [], 0, torch.device("cpu")).identity
+
+    before = identity()
+    (tmp_path / "README.md").write_text("Of no weight.")
+    assert identity() == before
+    (tmp_path / name).write_text("{ }")
+    assert identity() != before
 
 
 def test_a_prompt_that_is_never_read_whole_is_refused(tmp_path: Path) -> None:
