@@ -55,16 +55,19 @@ COMMON: dict[str, Any] = {
 }
 NO_PICTURES = {"cf_from": "all", "ire_features": ["cf", "text"]}
 ALONE = {"cf_from": "all", "ire_features": ["img"]}
+DEMO: dict[str, Any] = {
+    "dataset": "mm-demo",
+    "cf_stopping_step": 40,  # for some epochs nothing is found that validates
+    "cf_epochs": 40,
+    "dropout_prob": 0.2,
+    "attn_dropout_prob": 0.2,
+    "item_repr": "cf",
+    "max_history": 1,
+    "n_neg": 64,
+}
 PARTS: dict[str, dict[str, Any]] = {
     "demo": {
-        "dataset": "mm-demo",
-        "cf_stopping_step": 40,  # for some epochs nothing is found that validates
-        "cf_epochs": 40,
-        "dropout_prob": 0.2,
-        "attn_dropout_prob": 0.2,
-        "item_repr": "cf",
-        "max_history": 1,
-        "n_neg": 64,
+        **DEMO,
         "alignment_max_steps": 120,
         "alignment_eval_every": 15,
         "alignment_stopping_step": 8,
@@ -77,15 +80,8 @@ PARTS: dict[str, dict[str, Any]] = {
         "pairs": [("all", "without pictures"), ("no language model", "neither")],
     },
     "look": {
-        "dataset": "mm-demo",
+        **DEMO,
         "eval_candidates": "cand100",
-        "cf_stopping_step": 40,
-        "cf_epochs": 40,
-        "dropout_prob": 0.2,
-        "attn_dropout_prob": 0.2,
-        "item_repr": "cf",
-        "max_history": 1,
-        "n_neg": 64,
         "alignment_max_steps": 200,
         "alignment_eval_every": 20,
         "variants": {
