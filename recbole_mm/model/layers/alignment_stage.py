@@ -16,6 +16,7 @@ from recbole_mm.data.construction import construct
 from recbole_mm.data.sequences import UserSequences, epoch_plan
 from recbole_mm.model.layers.alignment import bpr, distillation, in_batch_softmax, info_nce
 from recbole_mm.model.layers.id_vectors import IdVectors
+from recbole_mm.model.layers.preference import draw_sets
 from recbole_mm.model.layers.ranking import choose_alpha
 from recbole_mm.stage import Stage, StageContext, StageSettings, UnfitWeightsError, seeded_rows
 
@@ -215,11 +216,11 @@ class AlignmentStage(Stage):
         if not self.tuning.distill:
             return np.empty(0, dtype=np.int64)
         scores = self.model.ids.scores(u, self.model.item_ids)  # (B, V)
-        noise = np.random.default_rng(seed).gumbel(size=tuple(scores.shape))
-        drawn = scores + torch.from_numpy(noise).to(scores)
-        drawn = drawn.masked_fill(~self._warm.to(scores.device), -torch.inf)
+        warm = scores.masked_fill(~self._warm.to(scores.device), -torch.inf)
         count = min(self.tuning.distill_items, int(self._warm.sum()))
-        return drawn.topk(count, dim=1).indices.flatten().numpy(force=True)
+        state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        return draw_sets(warm, count, 1, generator).flatten().numpy(force=True)
 
     def _contrast(self, side: str, vectors: Tensor, texts: list[Ints], ids: Tensor) -> Tensor:
         """Equation 14 or 15. Shape: ()."""
