@@ -36,9 +36,12 @@ _POSITIVE_STAGED = ("eval_step",)
 _POSITIVE_OF_STAGE = ("learning_rate", "batch_size", "accumulate", "eval_step")
 _NOT_NEGATIVE_OF_STAGE = (
     *("epochs", "max_steps", "max_minutes", "warmup_steps", "eval_every", "valid_users"),
-    "clip_norm",
+    *("clip_norm", "weight_decay", "adam_eps"),
 )
-_NOT_NEGATIVE = ("seed", "worker", "max_minutes", "popularity_slices")
+_NOT_NEGATIVE = (
+    *("seed", "worker", "max_minutes", "popularity_slices"),
+    *("weight_decay", "adam_eps"),
+)
 _SIZES = ("hidden_size", "n_layers", "n_heads", "inner_size", "embedding_size")
 # What one target among candidates can be measured by.
 _OF_CANDIDATES = ("recall", "hit", "precision", "mrr", "map", "ndcg", "auc", "gauc")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from recbole_mm.config import MMConfig, resolve_backbone
 from recbole_mm.errors import UserError
+from recbole_mm.paths import properties_dir
 
 TINY = {
     "tiny": "qwen2_vl",
@@ -34,6 +36,13 @@ def test_the_tiny_form_of_another_family_goes_by_its_name(name: str, family: str
 def test_an_unknown_backbone_names_the_nearest(name: str) -> None:
     with pytest.raises(UserError, match=rf"no backbone '{name}' \(did you mean 'tiny-llava'\?\)"):
         resolve_backbone(name, "qwen2-vl-2b")
+
+
+def test_every_description_names_a_model() -> None:
+    """A comment too near to a value would be part of it."""
+    for path in (properties_dir() / "backbone").glob("*.yaml"):
+        model = resolve_backbone(path.stem, "minilm")[0]["model"]
+        assert re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model), path.name
 
 
 def test_a_folder_says_what_family_it_is_of(tmp_path: Path) -> None:

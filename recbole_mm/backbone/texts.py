@@ -24,6 +24,7 @@ class ItemTexts:
         max_item_tokens: of an item's text, likewise; in a history the same without them.
 
     Attributes:
+        max_item_tokens: as given.
         cut: the items whose text was longer than its budget, of those read so far.
     """
 
@@ -43,6 +44,7 @@ class ItemTexts:
             )
         self._model, self._text = model, text
         frame = len(model.before) + len(model.after)
+        self.max_item_tokens = max_item_tokens
         self._user_room, self._item_room = max_user_tokens - frame, max_item_tokens - frame
         self._task = model.encoder.trusted(f"{task} ")
         self._between = model.encoder.trusted(", ")

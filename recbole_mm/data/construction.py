@@ -168,6 +168,7 @@ def construct(
     budget: int,
     seed: int,
     n_buckets: tuple[int, int] = (10, 10),
+    allow_repeats: bool = True,
 ) -> tuple[Samples, dict[str, Any]]:
     """The samples to tune on.
 
@@ -179,6 +180,7 @@ def construct(
         budget: samples, where the mode is not ``all``.
         seed: of everything drawn.
         n_buckets: see `grid`.
+        allow_repeats: whether denoising keeps a target that is in its own history.
 
     Returns:
         The samples in the order of positions, and a manifest: how they were chosen, in plain
@@ -189,7 +191,8 @@ def construct(
     left = every
     if mode in ("denoise", "efficient"):
         shares, repeats = related(sequences, titles)
-        left = every.take(shares[every.place])
+        kept = shares if allow_repeats else shares & ~repeats
+        left = every.take(kept[every.place])
         manifest["with_a_word_in_common"] = len(left)
         manifest["bought_before"] = int(repeats[every.place].sum())
     if mode in ("diversity", "efficient") and len(left):

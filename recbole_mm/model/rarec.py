@@ -228,7 +228,13 @@ class RARec(SequentialRecommender):
 
 
 def _check(config: Any) -> None:
-    """Raises `UserError` for keys that leave nothing to align."""
+    """Raises `UserError` for keys that leave nothing to align, or to align by."""
+    buckets = config["n_buckets"]
+    if len(buckets) != 2 or not all(type(n) is int and n >= 1 for n in buckets):
+        raise UserError(
+            "n_buckets: expected two whole numbers above 0, quantiles of history length and of "
+            f"popularity, such as [10, 10], got {buckets}."
+        )
     if not config["use_id"] and (config["inject"] != "prefix" or config["n_instructions"] == 0):
         raise UserError(
             "use_id is False: without ID vectors there is only inject: prefix with n_instructions "
@@ -259,6 +265,7 @@ def _tuning(config: Any) -> TuningSettings:
         config["data_mode"],
         config["n_samples"],
         tuple(config["n_buckets"]),
+        config["allow_repeats"],
         config["alignment_batch_size"],
         config["align_weight"],
         config["temperature"],

@@ -43,7 +43,7 @@ from recbole_mm.trainer.evaluation import EvaluationMixin, Result
 from recbole_mm.trainer.run import Run
 from recbole_mm.trainer.settings import stage_settings
 
-_SPLIT = ("eval_args", "benchmark_filename", "limit_users")
+_SPLIT = ("eval_args", "benchmark_filename", "limit_users", "history_source", "rm_dup_inter")
 
 
 @dataclass
@@ -450,6 +450,7 @@ def _check_split(
     decide = [k for k in ours if k in _SPLIT or k.endswith("_interval")]
     drawn = ours["limit_users"] or "RS" in ours["eval_args"]["split"]
     decide += ["seed"] if drawn else []
+    decide += ["topfreq_items"] if ours["history_source"] == "official_topfreq" else []
     for name in decide:
         if theirs.get(name) != ours[name]:
             raise UserError(

@@ -108,6 +108,15 @@ def test_budgets_are_met_without_repeats_and_by_the_seed_alone(mode: str) -> Non
     assert manifest["positions"] == every
 
 
+def test_what_was_bought_before_can_be_left_out() -> None:
+    data = sequences([1, 3, 1, 2, 2], [4, 5, 4])
+    with_them, manifest = construct(data, TITLES, "denoise", 100, 0)
+    without, _ = construct(data, TITLES, "denoise", 100, 0, allow_repeats=False)
+    assert with_them.place.tolist() == [2, 3, 4, 7]
+    assert without.place.tolist() == [3]
+    assert manifest["bought_before"] == 3
+
+
 def test_efficient_takes_related_samples_evenly_over_the_cells() -> None:
     data, titles = shop(3, 2000), [None, *(f"word{n % 5}" for n in range(1, 40))]
     found, manifest = construct(data, titles, "efficient", 1500, 7, (4, 4))

@@ -413,6 +413,12 @@ def test_any_model_of_vectors_can_be_the_id_model(mini: Path, in_folder: Path, n
 def test_mistakes_get_one_sentence(mini: Path, in_folder: Path) -> None:
     for changes, says in (
         ({"id_model": "HGN"}, "no products of a user's and an item's vector"),
+        ({"id_model": "ComiRec"}, "or, with n_interests 1, ComiRec"),
+        ({"n_buckets": [10]}, r"n_buckets: expected two whole numbers above 0, .* got \[10\]"),
+        ({"n_buckets": [0, 10]}, r"n_buckets: expected two .* got \[0, 10\]"),
+        ({"n_buckets": ["a", 2.5]}, r"n_buckets: expected two .* got \['a', 2.5\]"),
+        ({"alignment_weight_decay": -1.0}, "alignment_weight_decay: it must be 0"),
+        ({"weight_decay": -1.0}, "weight_decay: it must be 0 or more"),
         ({"backbone": "tiny-qwen2-vl"}, "needs one that reads texts"),
         ({"max_user_tokens": 4000}, "reads 512"),
         ({"max_user_tokens": 3}, "the task alone takes"),

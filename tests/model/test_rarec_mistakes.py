@@ -52,6 +52,50 @@ def test_a_title_beyond_the_budget_is_cut_and_counted(mini: Path, in_folder: Pat
     assert not whole.texts.cut
 
 
+def test_a_run_says_how_many_titles_are_cut(
+    mini: Path, in_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = {**SMALL, "data_path": str(mini), "max_item_tokens": 2, "state": "WARNING"}
+    with caplog.at_level("WARNING"):
+        result = run("RARec", "mini", overrides=flags)
+    (said,) = [text for text in caplog.messages if "max_item_tokens" in text]
+    n_cut = result["stages"]["alignment"]["cut_texts"]
+    assert n_cut > 0
+    assert said.startswith(f"{n_cut} of ")
+    assert said.endswith("items have a text of more than 2 tokens, which is cut: raise "
+                         "max_item_tokens to read all.")  # fmt: skip
+
+
+def test_histories_without_a_related_item(mini: Path, in_folder: Path) -> None:
+    """Told before anything is trained."""
+    (in_folder / "odd").mkdir()
+    shutil.copy(mini / "mini" / "mini.inter", in_folder / "odd" / "odd.inter")
+    items = {
+        row.split("\t")[1] for row in (mini / "mini" / "mini.inter").read_text().split("\n")[1:-1]
+    }
+    rows = [
+        f"{item}\tword{chr(97 + n // 26)}{chr(97 + n % 26)}" for n, item in enumerate(sorted(items))
+    ]
+    text = "\n".join(["item_id:token\ttitle:text", *rows, ""])
+    (in_folder / "odd" / "odd.text").write_text(text)
+    flags = {**SMALL, "data_path": str(in_folder)}
+    with pytest.raises(UserError, match=r"data_mode is efficient, but none .* set data_mode to"):
+        run("RARec", "odd", overrides=flags)
+    assert [*Path("saved").glob("RARec-odd-*/id_model")] == []
+    assert run("RARec", "odd", overrides={**flags, "data_mode": "random"})["rows"]
+
+
+def test_an_id_run_of_another_split(mini: Path, in_folder: Path) -> None:
+    """It may have been trained on what this one tests with, whatever decides that."""
+    flags = {**SMALL, "data_path": str(mini)}
+    there = run("RARec", "mini", overrides={**flags, "stages": ["id_model"]})
+    by_user = {"split": {"US": [8, 1, 1]}, "group_by": "user", "order": "TO", "mode": "full"}
+    for key, value in (("history_source", "official_topfreq"), ("eval_args", by_user)):
+        again = {**flags, "id_model_from": there["run_dir"], key: value}
+        with pytest.raises(UserError, match=f"id_model_from: .* another split .*, {key} was"):
+            run("RARec", "mini", overrides=again)
+
+
 def test_an_id_run_of_another_dataset(mini: Path, in_folder: Path) -> None:
     make_demo(in_folder / "other", sizes=Sizes(20, (6, 8), aisles=1, shelves=5, staples=1))
     flags = {**SMALL, "topk": [1, 5, 10]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from logging import getLogger
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from recbole_mm.data.construction import construct
 from recbole_mm.data.sequences import UserSequences, epoch_plan
+from recbole_mm.errors import UserError
 from recbole_mm.model.layers.alignment import bpr, distillation, in_batch_softmax, info_nce
 from recbole_mm.model.layers.id_vectors import IdVectors
 from recbole_mm.model.layers.preference import draw_sets
@@ -35,6 +37,7 @@ class TuningSettings:
         data_mode: which samples, see `recbole_mm.data.construction`.
         n_samples: how many.
         n_buckets: quantiles of history length and of popularity.
+        allow_repeats: whether denoising keeps a target that is in its own history.
         batch_size: samples a plan entry.
         align_weight: lambda of equation 16.
         temperature: tau of equations 14 and 15.
@@ -47,6 +50,7 @@ class TuningSettings:
     data_mode: str
     n_samples: int
     n_buckets: tuple[int, int]
+    allow_repeats: bool
     batch_size: int
     align_weight: float
     temperature: float
@@ -78,6 +82,20 @@ class _Read:
     columns: Ints  # of the items that followed, then of those drawn. (B,) or (2B,)
 
 
+def _none_left(mode: str, manifest: Mapping[str, Any]) -> str:
+    """Why there is no sample."""
+    if not manifest["positions"]:
+        return (
+            "Stage alignment: no user has two items to train on, a history and what followed: take "
+            "other data, or --stages=id_model."
+        )
+    return (
+        f"data_mode is {mode}, but none of {manifest['positions']} training positions has an item "
+        "whose text shares a word with its history: set data_mode to random or all, or attributes "
+        "to columns that say more."
+    )
+
+
 class AlignmentStage(Stage):
     """Tunes the alignment, and the language model where that is asked for.
 
@@ -87,6 +105,9 @@ class AlignmentStage(Stage):
         settings: how it is optimised.
         tuning: on what.
         train_dataset: the training part, with its `train_sequences`.
+
+    Raises:
+        UserError: there is no sample to tune on.
     """
 
     def __init__(
@@ -107,7 +128,10 @@ class AlignmentStage(Stage):
             tuning.n_samples,
             model.seed,
             tuning.n_buckets,
+            tuning.allow_repeats,
         )
+        if not len(self.samples):
+            raise UserError(_none_left(tuning.data_mode, self.manifest))
         counts = np.bincount(self.sequences.items, minlength=model.n_items)
         self._show_progress = False
         self._warm = torch.from_numpy(counts > 0)
@@ -123,6 +147,18 @@ class AlignmentStage(Stage):
         path = context.run_dir / MANIFEST
         path.write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
         self._show_progress = context.show_progress
+        self._tell_cut()
+
+    def _tell_cut(self) -> None:
+        """Says how many items have a text that is longer than what is read of it."""
+        read, n_items = self.model.texts, self.model.n_items
+        for item in range(1, n_items):
+            read.item(item)
+        if read.cut:
+            getLogger().warning(
+                f"{len(read.cut)} of {n_items - 1} items have a text of more than "
+                f"{read.max_item_tokens} tokens, which is cut: raise max_item_tokens to read all."
+            )
 
     @property
     def _contrasts(self) -> bool:

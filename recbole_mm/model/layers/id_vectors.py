@@ -171,7 +171,8 @@ def item_scorer(
                 return module, _bias(model, rest[0], module.num_embeddings)
     raise UserError(
         f"{key} is {type(model).__name__}, whose scores are no products of a user's and an "
-        "item's vector: take another, such as LRURec, SASRec or GRU4Rec."
+        "item's vector: take another, such as LRURec, SASRec, GRU4Rec or, with n_interests 1, "
+        "ComiRec."
     )
 
 
