@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,6 @@ import torch
 from torch.nn import functional as F
 
 from recbole_mm.config import MMConfig
-from recbole_mm.errors import UserError
 from recbole_mm.model.layers.id_vectors import IdVectors, item_scorer, padded
 from recbole_mm.model.rarec import RARec
 from recbole_mm.quick_start import Data, build_model, prepare_data, run
@@ -111,6 +111,53 @@ def test_a_row_alone_scores_as_among_others(shop: Shop) -> None:
     shop.model.forget()
     alone = shop.model.full_sort_predict(shop.rows[torch.tensor([11])])
     torch.testing.assert_close(alone[0], together[11], rtol=1e-4, atol=1e-5)
+
+
+def test_users_and_items_are_read_once_until_weights_change(
+    mini: Path, in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = shop_of(mini, in_folder)
+    model, reads = shop.model, shop.model.aligned.language_model
+    rows = shop.rows[torch.tensor([0, 7, 0])]  # two histories
+    vectors, read = reads.vectors, []
+
+    def counted(texts: Any, **how: Any) -> torch.Tensor:
+        read.append(len(texts[0]))
+        return vectors(texts, **how)
+
+    monkeypatch.setattr(reads, "vectors", counted)
+    before = model.full_sort_predict(rows)
+    assert sum(read) == model.n_items + 2
+    assert torch.equal(model.full_sort_predict(rows), before)
+    assert sum(read) == model.n_items + 2
+    state = {name: tensor.clone() for name, tensor in shop.stage.state().items()}
+    state["sides.user.weight"] += 0.01
+    shop.stage.load_state(state)
+    after = model.full_sort_predict(rows)
+    assert sum(read) == 2 * (model.n_items + 2)
+    assert not torch.equal(after, before)
+    shop.stage.loss(shop.stage.plan(0)[0])  # a step may follow
+    so_far = sum(read)
+    assert torch.equal(model.full_sort_predict(rows), after)
+    assert sum(read) == so_far + model.n_items + 2
+
+
+def test_fusion_adds_standardised_scores(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = shop.model, {}
+    for source in ("alignment", "id_model", "fusion"):
+        monkeypatch.setattr(model, "active", source)
+        monkeypatch.setattr(model, "alpha", 0.5)
+        found[source] = model.full_sort_predict(shop.rows)[:, 1:]
+
+    def standard(row: torch.Tensor) -> torch.Tensor:
+        return (row - row.mean()) / row.std()
+
+    for row in (0, 7):
+        expected = standard(found["alignment"][row]) + 0.5 * standard(found["id_model"][row])
+        torch.testing.assert_close(found["fusion"][row], expected, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(model, "alpha", math.inf)  # nothing of ours helps
+    order = model.full_sort_predict(shop.rows)[:, 1:].argsort(dim=1, descending=True)
+    assert torch.equal(order, found["id_model"].argsort(dim=1, descending=True))
 
 
 def by_equation_13(
@@ -313,6 +360,22 @@ def test_every_variant_takes_a_step(mini: Path, in_folder: Path, changes: dict[s
     torch.testing.assert_close(other.model.full_sort_predict(shop.rows), after)
 
 
+def test_words_to_project_on_stay_while_the_models_own_are_trained(
+    mini: Path, in_folder: Path
+) -> None:
+    shop = shop_of(mini, in_folder, inject="project_inputs", tune="both")
+    own, words = (
+        shop.model.aligned.language_model.reads.word_embeddings,
+        shop.model.aligned.sides["user"].words,
+    )
+    before = own.detach().clone()
+    optimizer = torch.optim.AdamW(shop.stage.param_groups(), lr=1e-2)
+    shop.stage.loss(shop.stage.plan(0)[0]).backward()
+    optimizer.step()
+    assert not torch.equal(own, before)
+    assert torch.equal(words, before)
+
+
 def test_texts_that_training_never_saw_have_no_vector(shop: Shop) -> None:
     warm = torch.ones(shop.model.n_items, dtype=torch.bool)
     warm[[4, 9]] = False
@@ -408,28 +471,6 @@ def test_any_model_of_vectors_can_be_the_id_model(mini: Path, in_folder: Path, n
     extra = {"n_heads": 2} if name == "SASRec" else {"embedding_size": 16}
     shop = shop_of(mini, in_folder, id_model=name, **extra)
     assert torch.isfinite(shop.model.full_sort_predict(shop.rows)[:, 1:]).all()
-
-
-def test_mistakes_get_one_sentence(mini: Path, in_folder: Path) -> None:
-    for changes, says in (
-        ({"id_model": "HGN"}, "no products of a user's and an item's vector"),
-        ({"id_model": "ComiRec"}, "or, with n_interests 1, ComiRec"),
-        ({"n_buckets": [10]}, r"n_buckets: expected two whole numbers above 0, .* got \[10\]"),
-        ({"n_buckets": [0, 10]}, r"n_buckets: expected two .* got \[0, 10\]"),
-        ({"n_buckets": ["a", 2.5]}, r"n_buckets: expected two .* got \['a', 2.5\]"),
-        ({"alignment_weight_decay": -1.0}, "alignment_weight_decay: it must be 0"),
-        ({"weight_decay": -1.0}, "weight_decay: it must be 0 or more"),
-        ({"backbone": "tiny-qwen2-vl"}, "needs one that reads texts"),
-        ({"max_user_tokens": 4000}, "reads 512"),
-        ({"max_user_tokens": 3}, "the task alone takes"),
-        ({"attributes": ["plot"]}, "set attributes to columns it has"),
-        ({"use_id": False, "n_instructions": 0}, "use_id is False"),
-        ({"use_id": False, "inject": "inputs"}, "use_id is False"),
-        ({"negatives": "uniform"}, "set negatives: in_batch, or distill: 0"),
-        ({"inject": "concatenate", "tune": "both"}, "set tune to alignment"),
-    ):
-        with pytest.raises(UserError, match=says):
-            shop_of(mini, in_folder, **changes)
 
 
 def flags(mini: Path, **changes: Any) -> dict[str, Any]:

@@ -40,6 +40,27 @@ def test_a_text_file_without_the_columns_that_are_read(mini: Path, in_folder: Pa
         model_of(mini, attributes=["plot"])
 
 
+def test_keys_that_cannot_work(mini: Path, in_folder: Path) -> None:
+    for changes, says in (
+        ({"id_model": "HGN"}, "no products of a user's and an item's vector"),
+        ({"id_model": "ComiRec"}, "or, with n_interests 1, ComiRec"),
+        ({"n_buckets": [10]}, r"n_buckets: expected two whole numbers above 0, .* got \[10\]"),
+        ({"n_buckets": [0, 10]}, r"n_buckets: expected two .* got \[0, 10\]"),
+        ({"n_buckets": ["a", 2.5]}, r"n_buckets: expected two .* got \['a', 2.5\]"),
+        ({"alignment_weight_decay": -1.0}, "alignment_weight_decay: it must be 0"),
+        ({"weight_decay": -1.0}, "weight_decay: it must be 0 or more"),
+        ({"backbone": "tiny-qwen2-vl"}, "needs one that reads texts"),
+        ({"max_user_tokens": 4000}, "reads 512"),
+        ({"max_user_tokens": 3}, "the task alone takes"),
+        ({"use_id": False, "n_instructions": 0}, "use_id is False"),
+        ({"use_id": False, "inject": "inputs"}, "use_id is False"),
+        ({"negatives": "uniform"}, "set negatives: in_batch, or distill: 0"),
+        ({"inject": "concatenate", "tune": "both"}, "set tune to alignment"),
+    ):
+        with pytest.raises(UserError, match=says):
+            model_of(mini, **changes)
+
+
 def test_a_title_beyond_the_budget_is_cut_and_counted(mini: Path, in_folder: Path) -> None:
     whole, short = model_of(mini), model_of(mini, max_item_tokens=2)
     items = range(1, whole.n_items)

@@ -88,7 +88,8 @@ class AlignedModel(nn.Module):
         if how.inject == "concatenate":
             return Concatenation(id_size, self.language_model.width)
         words = reads.word_embeddings
-        given = words.detach() if how.inject == "project_inputs" else None
+        # A copy: they stay as they were where the model's own are trained, on every device.
+        given = words.detach().clone() if how.inject == "project_inputs" else None
         return InputAlignment(id_size, words.shape[1], n, given)
 
     @property
