@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from recbole_mm.cli import main
+from recbole_mm.cli import main, parse
 from recbole_mm.data.demo import Sizes, make_demo
 from recbole_mm.errors import UserError
 from recbole_mm.jobs import Job, plan_jobs, read_recipe
+from recbole_mm.paths import properties_dir
 
 RECIPE = """
 model: {model}
@@ -35,6 +36,21 @@ def jobs_of(folder: Path, flags: dict[str, Any], text: str = "") -> list[Job]:
 
 
 # --- the plan ---
+def test_every_command_that_a_recipe_names_has_a_plan() -> None:
+    """Of the comments in `properties/paper/`: none sets what its variants set."""
+    commands = [
+        line.partition("run_recbole_mm.py")[2].partition(" #")[0].split()
+        for path in sorted((properties_dir() / "paper").glob("*.yaml"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith("#   python run_recbole_mm.py ")
+    ]
+    assert len(commands) > 40
+    for words in commands:
+        flags = parse(words)
+        flags.pop("result_file", None)
+        assert plan_jobs(read_recipe(flags["config_files"].split(",")), flags), words
+
+
 def test_every_variant_with_every_seed(tmp_path: Path) -> None:
     jobs = jobs_of(tmp_path, {})
     assert [(job.variant, job.keys["seed"]) for job in jobs] == [
