@@ -20,7 +20,10 @@ NULL_KEYS: dict[str, tuple[type, ...]] = {
     "stages": (list,),
 }
 # Keys that cannot be switched off by `None`.
-NEEDED_KEYS = ("metrics", "valid_metric", "topk", "eval_args")
+NEEDED_KEYS = (
+    *("metrics", "valid_metric", "topk", "eval_args"),
+    *("attributes", "cache_dir", "n_buckets", "task"),
+)
 
 
 def _as_list(value: Any) -> list[Any] | None:

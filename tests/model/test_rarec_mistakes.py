@@ -44,6 +44,10 @@ def test_keys_that_cannot_work(mini: Path, in_folder: Path) -> None:
     for changes, says in (
         ({"id_model": "HGN"}, "no products of a user's and an item's vector"),
         ({"id_model": "ComiRec"}, "or, with n_interests 1, ComiRec"),
+        ({"attributes": None}, "attributes: expected a list such as"),
+        ({"cache_dir": None}, "cache_dir: expected a text such as"),
+        ({"n_buckets": None}, "n_buckets: expected a list such as"),
+        ({"task": None}, "task: expected a text such as"),
         ({"n_buckets": [10]}, r"n_buckets: expected two whole numbers above 0, .* got \[10\]"),
         ({"n_buckets": [0, 10]}, r"n_buckets: expected two .* got \[0, 10\]"),
         ({"n_buckets": ["a", 2.5]}, r"n_buckets: expected two .* got \['a', 2.5\]"),
