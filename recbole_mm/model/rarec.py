@@ -93,6 +93,7 @@ class RARec(SequentialRecommender):
         self.alpha = 0.0
         self.training_rows = TrainingRows.of(config)
         self.id_model: Any = get_model(config["id_model"])(config, dataset)
+        id_size = _id_size(self.id_model, self.n_items)  # told before it is trained, too
         self.tuning = _tuning(config)
         self.ids: IdVectors
         self._items: Tensor | None = None
@@ -101,9 +102,9 @@ class RARec(SequentialRecommender):
         self.aligned: AlignedModel | None = None
         self.backbone_name: str | None = None
         if list(config["stages"] or self.stage_names) != ["id_model"]:
-            self._build(config, dataset)
+            self._build(config, dataset, id_size)
 
-    def _build(self, config: Any, dataset: Any) -> None:
+    def _build(self, config: Any, dataset: Any, id_size: int) -> None:
         """The language model and what it reads."""
         from recbole_mm.backbone.text_model import TextModelSpec, load_text_model
         from recbole_mm.backbone.text_states import TextStates
@@ -116,7 +117,6 @@ class RARec(SequentialRecommender):
         known = [title for title in self.titles if title]
         model = load_text_model(spec, known, [config["task"]], self.seed)
         self.backbone_name = model.name
-        id_size = _id_size(self.id_model, self.n_items)
         self.aligned = AlignedModel(model, id_size, _alignment(config))
         self.texts = ItemTexts(
             model,

@@ -43,6 +43,7 @@ def test_a_text_file_without_the_columns_that_are_read(mini: Path, in_folder: Pa
 def test_keys_that_cannot_work(mini: Path, in_folder: Path) -> None:
     for changes, says in (
         ({"id_model": "HGN"}, "no products of a user's and an item's vector"),
+        ({"id_model": "HGN", "stages": ["id_model"]}, "no products of a user's and an item's"),
         ({"id_model": "ComiRec"}, "or, with n_interests 1, ComiRec"),
         ({"attributes": None}, "attributes: expected a list such as"),
         ({"cache_dir": None}, "cache_dir: expected a text such as"),
