@@ -140,6 +140,20 @@ def test_a_run_of_another_id_model(mini: Path, in_folder: Path) -> None:
         run("RARec", "mini", overrides=again)
 
 
+def test_an_alignment_with_other_id_vectors(mini: Path, in_folder: Path) -> None:
+    flags = {**SMALL, "data_path": str(mini)}
+    there = run("RARec", "mini", overrides=flags)["run_dir"]
+    same = {**flags, "id_model_from": there, "alignment_from": there}
+    again = run("RARec", "mini", overrides=same)
+    assert again["stages"]["alignment"]["stopped"] == "given"
+    for changes in ({"id_model_from": "", "seed": 7}, {"id_scale": 3.0}):
+        with pytest.raises(UserError, match=r"alignment_from: .* an ID model of other weights or"):
+            run("RARec", "mini", overrides={**same, **changes})
+    text_alone = {**flags, "use_id": False, "n_instructions": 2, "distill": 0}
+    there = run("RARec", "mini", overrides=text_alone)["run_dir"]
+    run("RARec", "mini", overrides={**text_alone, "seed": 7, "alignment_from": there})
+
+
 @pytest.mark.parametrize("make", [encoders.t5, encoders.clip])
 def test_a_backbone_of_a_class_that_takes_no_prefix(mini: Path, in_folder: Path, make: Any) -> None:
     folder = make(in_folder / "weights")

@@ -50,6 +50,7 @@ class AlignedModel(nn.Module):
         how: it is aligned.
 
     Attributes:
+        use_id: whether there are ID vectors at all.
         sides: the alignment of ``user`` and of ``item``.
         contrasts: whether there are projected vectors in every layer to be contrasted.
     """
@@ -58,6 +59,7 @@ class AlignedModel(nn.Module):
         super().__init__()
         self.language_model = language_model
         self.inject, self.tokens_at_once = how.inject, how.tokens_at_once
+        self.use_id = how.use_id
         trains = {"alignment": (True, False), "both": (True, True), "language_model": (False, True)}
         has_prefix, self.trains_model = trains[how.tune]
         if self.trains_model:

@@ -26,7 +26,7 @@ Ints = NDArray[np.int64]
 MANIFEST = "samples.json"
 _TO_SCALE = 20_000  # histories that means and deviations are taken from
 _TO_FUSE = 1_000  # validation users that the weight of `fusion` is chosen on
-_FINGERPRINT = "text_fingerprint"
+_TEXTS, _IDS = "text_fingerprint", "id_fingerprint"
 
 
 @dataclass(frozen=True)
@@ -278,26 +278,31 @@ class AlignmentStage(Stage):
 
     # --- what is saved ---------------------------------------------------------------------
     def state(self) -> dict[str, Tensor]:
-        """Trained weights only, and the mark of the texts' tokenizer."""
+        """Trained weights only, and the marks of the texts' tokenizer and of the ID vectors."""
         trained = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad}
-        digest = bytes.fromhex(self.model.aligned.language_model.fingerprint)
-        return {**trained, _FINGERPRINT: torch.tensor(list(digest), dtype=torch.uint8)}
+        texts = self.model.aligned.language_model.fingerprint
+        ids = self.model.ids.fingerprint() if self.model.aligned.use_id else ""
+        return {**trained, _TEXTS: _mark(texts), _IDS: _mark(ids)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes back what `state` gave.
 
         Raises:
-            UnfitWeightsError: they belong to another language model or another alignment.
+            UnfitWeightsError: they belong to another language model, another ID model or another
+                alignment.
         """
         own = self.state()
-        mark = state.get(_FINGERPRINT)
-        if mark is None or not torch.equal(mark.cpu(), own[_FINGERPRINT].cpu()):
+        if not _same(state.get(_TEXTS), own[_TEXTS]):
             raise UnfitWeightsError("they are of another language model or of other item texts")
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
             raise UnfitWeightsError("they do not fit this alignment")
+        if not _same(state[_IDS], own[_IDS]):
+            raise UnfitWeightsError(
+                "they were aligned with an ID model of other weights or with another id_scale"
+            )
         parameters = dict(self.module.named_parameters())
         with torch.no_grad():
-            for name in own.keys() - {_FINGERPRINT}:
+            for name in own.keys() - {_TEXTS, _IDS}:
                 parameters[name].copy_(state[name])
         self.model.forget()
 
@@ -326,3 +331,12 @@ class AlignmentStage(Stage):
     def restore(self, finished: Mapping[str, Any]) -> None:
         """Takes back the weight of the ID model's scores."""
         self.model.alpha = float(finished.get("fusion_alpha", 0.0))
+
+
+def _mark(digest: str) -> Tensor:
+    """Hex digits as numbers, to be kept among weights. Shape: (n,)."""
+    return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
+
+
+def _same(mark: Tensor | None, own: Tensor) -> bool:
+    return mark is not None and torch.equal(mark.cpu(), own)

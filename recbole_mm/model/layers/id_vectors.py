@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,14 @@ class IdVectors:
             items: shape (n, D).
         """
         return users @ items.T / self._gain(self.warm.to(items.device))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what the vectors of items are made of, in hex: the same on every device."""
+        weights = [self._table.weight, *([] if self._bias is None else [self._bias])]
+        found = hashlib.sha256(str(self.scale).encode())
+        for weight in weights:
+            found.update(weight.detach().float().numpy(force=True).tobytes())
+        return found.hexdigest()
 
     def _gain(self, warm: Tensor) -> Tensor:
         """How much larger products of scaled vectors are. Shape: ()."""
