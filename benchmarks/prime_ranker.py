@@ -13,7 +13,7 @@ ratios go to benchmarks/results/prime_ranker.json.
 - pictures: features of the frozen tower read from the cache, or every picture encoded anew.
 - head: the K letters' rows of the head at the answer, or the whole vocabulary at every token.
 - batches: prompts of like length together, or as they come; four times as many, eight a batch.
-- forks: two candidate sets behind one history, or a prompt for each.
+- forks: two candidate sets behind one history of 25 items, or a prompt for each.
 - rates: prompts a second, against the floor of a matrix product and, with `--nf4`, in 4 bits.
 - generation (the paper's figure 7): one forward pass and K letters, or a list of the K candidates
   generated token by token, as ids or as titles.
@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,19 +43,18 @@ from recbole_mm.backbone.batch import collate
 from recbole_mm.backbone.families.qwen import Qwen2VL
 from recbole_mm.backbone.load import Backbone, BackboneSpec, load_backbone
 from recbole_mm.backbone.prompt import PromptStyle, PromptWriter
-from recbole_mm.backbone.ranker import LetterRanker
+from recbole_mm.backbone.ranker import LetterRanker, worth_sharing
 from recbole_mm.backbone.tiny import TinySizes, build, train_tokenizer
 from recbole_mm.backbone.verbalizer import Verbalizer
 from recbole_mm.backbone.vision import ItemImages
-from recbole_mm.machine import peak_memory_mb, reset_peak_memory
+from recbole_mm.machine import device_name, peak_memory_mb, reset_peak_memory
 
 RESULTS = Path(__file__).resolve().parent / "results" / "prime_ranker.json"
 SIZES = {
     "scaled": TinySizes(6300, 256, 1536, 7, 4, 2, 8, 192, 4, 4),
     "real": TinySizes(151_936, 1536, 8960, 28, 12, 2, 32, 1280, 16, 4),
 }
-GOALS = {"pictures": 1.5, "generation of titles": 20.0}
-K, HISTORY = 25, 10
+K, HISTORY, LONGEST = 25, 10, 25
 WORDS = 2000
 STYLE = PromptStyle(
     "Below are a user's browsing history, oldest first, and candidate items, one a line in JSON. "
@@ -140,11 +140,11 @@ def _ranker(shop: Shop, args: argparse.Namespace, backbone: Backbone, frozen: bo
 
 
 class Questions:
-    """Random users: histories of 1 to 2 * HISTORY items, two candidate sets each."""
+    """Random users: histories of `least` to `most` items, two candidate sets each."""
 
-    def __init__(self, count: int, items: int) -> None:
+    def __init__(self, count: int, items: int, least: int = 1, most: int = 2 * HISTORY) -> None:
         rng = np.random.default_rng(1)
-        lengths = rng.integers(1, 2 * HISTORY + 1, count)
+        lengths = rng.integers(least, most + 1, count)
         self.histories = [rng.choice(items, n, replace=False) + 1 for n in lengths]
         self.sets = np.stack([rng.choice(items, (2, K), replace=False) + 1 for _ in lengths])
         self.candidates = np.ascontiguousarray(self.sets[:, 0])
@@ -221,6 +221,14 @@ def as_they_come(ranker: LetterRanker, q: Questions, rows: int) -> torch.Tensor:
     return torch.cat([ranker._letters(part, K).log_softmax(1).cpu() for part in parts])
 
 
+def shared(ranker: LetterRanker, q: Questions) -> torch.Tensor:
+    """Histories that are too short are read again for each set: nothing would be compared."""
+    asked = zip(q.histories, q.sets, strict=True)
+    if not worth_sharing([ranker.writer.write_fork(h.tolist(), s.tolist()) for h, s in asked]):
+        raise SystemExit("forks: the histories are too short to be shared")
+    return ranker.set_log_probs(q.histories, q.sets)
+
+
 def apart(ranker: LetterRanker, q: Questions) -> torch.Tensor:
     both = [ranker.log_probs(q.histories, q.sets[:, column]) for column in range(2)]
     return torch.stack(both, 1)
@@ -256,16 +264,22 @@ def measure(ways: dict[str, Way], repeats: int, device: str) -> dict[str, dict[s
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
+            wait(device)  # for what the way before has left to do
             start = time.perf_counter()
             way()
-            if device != "cpu":
-                torch.cuda.synchronize()
+            wait(device)
             times[name].append(time.perf_counter() - start)
     return {
         name: dict(zip(("q1", "median", "q3"), np.quantile(t, (0.25, 0.5, 0.75)).round(4).tolist(),
                        strict=True))
         for name, t in times.items()
     }  # fmt: skip
+
+
+def wait(device: str) -> None:
+    """Until a GPU has done what it was given."""
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 def compare(name: str, ours: Way, other: Way, args: argparse.Namespace) -> dict[str, Any]:
@@ -302,10 +316,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """All parts; the result."""
     shop = Shop(args.items, 8)
     q, ranker = Questions(args.prompts, args.items), ranker_of(shop, args)
-    live, many = ranker_of(shop, args), Questions(4 * args.prompts, args.items)
+    parts = compared(shop, ranker, q, args)
+    rates = {"plain": rate(ranker, q, args)}
+    del ranker  # memory is measured of one model at a time
+    if args.nf4:
+        rates["nf4"] = rate(quantised(shop, args), q, args)
+    return {"parts": parts, "rates": rates, "generation": figure_7(args)}
+
+
+def compared(
+    shop: Shop, ranker: LetterRanker, q: Questions, args: argparse.Namespace
+) -> dict[str, Any]:
+    """The parts that set two ways against each other."""
+    live = _ranker(shop, args, ranker.backbone, frozen=True)
+    many = Questions(4 * args.prompts, args.items)
+    long = Questions(args.prompts, args.items, LONGEST, LONGEST)
     cached, anew = pictures(ranker, live, q)
-    ours, stock = tower(ranker_of(shop, args), ranker_of(shop, args), 256)
-    parts = {
+    copies = (_ranker(shop, args, deepcopy(ranker.backbone), frozen=True) for _ in range(2))
+    ours, stock = tower(*copies, 256)
+    return {
         "tower": compare("tower, 256 small pictures", ours, stock, args),
         "pictures": compare("pictures cached", cached, anew, args),
         "head": compare("letters' rows of the head", cached, lambda: whole_head(ranker, q), args),
@@ -317,15 +346,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ),
         "forks": compare(
             "two sets behind one history",
-            lambda: ranker.set_log_probs(q.histories, q.sets),
-            lambda: apart(ranker, q),
+            lambda: shared(ranker, long),
+            lambda: apart(ranker, long),
             args,
         ),
     }
-    rates = {"plain": rate(ranker, q, args)}
-    if args.nf4:
-        rates["nf4"] = rate(quantised(shop, args), q, args)
-    return {"parts": parts, "rates": rates, "generation": figure_7(args)}
 
 
 def rate(ranker: LetterRanker, q: Questions, args: argparse.Namespace) -> dict[str, float]:
@@ -334,6 +359,7 @@ def rate(ranker: LetterRanker, q: Questions, args: argparse.Namespace) -> dict[s
     reset_peak_memory(device)
     score = {"all": lambda: ranker.log_probs(q.histories, q.candidates)}
     seconds = measure(score, 3, args.device)["all"]["median"]
+    peak = peak_memory_mb(device)
     done = flops(ranker, q) / seconds
     found = {
         "prompts_per_second": round(args.prompts / seconds, 2),
@@ -341,7 +367,7 @@ def rate(ranker: LetterRanker, q: Questions, args: argparse.Namespace) -> dict[s
         "share_of_the_matmul_rate": round(
             done / matmul_rate(args.device, getattr(torch, args.dtype)), 3
         ),
-        "peak_memory_mb": peak_memory_mb(device),
+        "peak_memory_mb": peak,
     }
     print(found, flush=True)
     return found
@@ -386,6 +412,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     result = {
         "machine": platform.processor() or platform.machine(),
+        "runs_on": device_name(torch.device(args.device)),
         "torch": torch.__version__,
         **{k: v for k, v in vars(args).items() if k != "out"},
         **run(args),

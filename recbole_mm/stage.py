@@ -127,6 +127,14 @@ class Stage:
         """What `model.safetensors` of this stage holds; by default the module's whole state."""
         return dict(self.module.state_dict())
 
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Called before any stage is trained, with weights of another run that this one is to take;
+        by default nothing can be said that early.
+
+        Raises:
+            UnfitWeightsError: they are of something else.
+        """
+
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes back what `state` gave.
 

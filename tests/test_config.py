@@ -470,7 +470,9 @@ def test_a_stage_can_have_its_own_of_each_setting() -> None:
     plain = config("PRIME")
     assert found["ranker"] == stage_settings(plain, ["ranker"])["ranker"]
     assert given.hash() != plain.hash()
-    assert stage_settings(config("LRURec", train_clip_norm="2"), ["train"])["train"].clip_norm == 2
+    for said, norm in (("2", 2.0), ("0", None)):  # RecBole's key for all, 5, stands below it
+        given = config("LRURec", train_clip_norm=said)
+        assert stage_settings(given, ["train"])["train"].clip_norm == norm
     assert type(config("PRIME", ranker_adam_eps="1")["ranker_adam_eps"]) is float
 
 

@@ -23,7 +23,7 @@ VARIANTS = sorted(
 )
 VARIED = {
     "without_preference": {"stages": ["retriever", "ranker"]},
-    "sasrec": {"retriever": "SASRec", "train_mode": "whole"},
+    "sasrec": {"retriever": "SASRec", "train_mode": "whole", "attn_dropout_prob": 0.5},
     "fmlprec": {"retriever": "FMLPRec", "train_mode": "prefix"},
     "llava": {"backbone": "llava-1.5-7b", "image_pooling": "cls"},
     "cls_pooling": {"image_pooling": "cls"},

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from recbole_mm.backbone.batch import by_length, collate
 from recbole_mm.backbone.limits import check_context, check_sight
 from recbole_mm.backbone.load import Backbone, BackboneSpec, load_backbone
-from recbole_mm.backbone.prompt import Prompt, PromptStyle, PromptWriter, join, text_piece
+from recbole_mm.backbone.prompt import Fork, Prompt, PromptStyle, PromptWriter, join, text_piece
 from recbole_mm.backbone.verbalizer import Verbalizer
 from recbole_mm.backbone.vision import ItemImages, PictureReader
 from recbole_mm.data.content import ItemContent
@@ -25,6 +25,14 @@ from recbole_mm.errors import UserError
 Ints = NDArray[np.int64]
 _WORTH_SHARING = 0.5  # of a set's tokens: a shorter history is quicker read again for each set
 SUPERVISE = ("letter", "letter_eos")
+
+
+def worth_sharing(forks: Sequence[Fork]) -> bool:
+    """Whether their histories, all in all, are long enough to be read once for all sets."""
+    history, one_set = (
+        sum(map(len, part)) for part in ((f.trunk for f in forks), (f.branches[0] for f in forks))
+    )
+    return history >= _WORTH_SHARING * one_set
 
 
 class LetterRanker(PictureReader):
@@ -124,9 +132,7 @@ class LetterRanker(PictureReader):
             self.writer.write_fork(history.tolist(), row.tolist())
             for history, row in zip(histories, sets, strict=True)
         ]
-        if sum(len(f.trunk) for f in forks) < _WORTH_SHARING * sum(
-            len(f.branches[0]) for f in forks
-        ):
+        if not worth_sharing(forks):
             each = [history for history in histories for _ in range(S)]
             return self.log_probs(each, sets.reshape(B * S, K)).view(B, S, K)
         out = torch.empty(B, S, K)

@@ -29,7 +29,7 @@ class Verbalizer:
         answer_end: the special token that ends an answer.
 
     Raises:
-        UserError: more candidates than letters, or a letter that is not one token.
+        UserError: more candidates than letters, or a letter that is not one token of its own.
     """
 
     def __init__(self, encoder: TextEncoder, candidates: int, answer_end: str) -> None:
@@ -40,9 +40,9 @@ class Verbalizer:
             )
         self.letters = LETTERS[:candidates]
         ids = [encoder.plain(letter) for letter in self.letters]
-        if any(len(tokens) != 1 for tokens in ids):
+        if any(len(tokens) != 1 for tokens in ids) or len({*map(tuple, ids)}) < candidates:
             raise UserError(
-                "The backbone's tokenizer splits a capital letter into several tokens: "
+                "The backbone's tokenizer has no single token of its own for each capital letter: "
                 "choose a backbone with single-token letters, such as qwen2-vl-2b."
             )
         self.ids = [tokens[0] for tokens in ids]

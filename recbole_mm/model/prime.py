@@ -326,8 +326,9 @@ def _attributes(config: Any, content: Any) -> tuple[str, ...]:
     pictured = any(content.image_paths(item) for item in range(len(content.item_tokens)))
     if not found or (found == ("image",) and not pictured):
         raise UserError(
-            f"The ranker reads {', '.join(config['attributes'])}, but {content.path('text')} "
-            f"and {content.path('image')} have none of them: set attributes to columns they have."
+            f"The ranker reads {', '.join(config['attributes']) or 'nothing'}, but "
+            f"{content.path('text')} and {content.path('image')} have none of them: "
+            "set attributes to columns they have."
         )
     return found
 

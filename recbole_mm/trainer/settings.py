@@ -44,8 +44,9 @@ def _one(config: Any, stage: str) -> StageSettings:
 
 
 def _clip_norm(config: Any, stage: str, own: float | None) -> float | None:
-    """RecBole writes gradient clipping as `clip_grad_norm: {max_norm: 5.0, norm_type: 2}`."""
-    if own:
-        return float(own)
+    """RecBole writes gradient clipping as `clip_grad_norm: {max_norm: 5.0, norm_type: 2}`; a
+    stage's own norm stands above it, and 0 there is none."""
+    if own is not None:
+        return float(own) or None
     clip = config[f"{stage}_clip_grad_norm"] or config["clip_grad_norm"]
     return float(clip["max_norm"]) if clip else None

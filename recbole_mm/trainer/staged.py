@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from logging import getLogger
 from pathlib import Path
@@ -86,6 +87,7 @@ class StagedTrainer(EvaluationMixin):
         self.data_collect(train_data)
         self.tensorboard = get_tensorboard(self.logger)
         self._open(train_data, valid_data, test_data, show_progress=show_progress)
+        self._check_given()
         for stage in self.stages:
             started = time.perf_counter()
             stage.prepare(self.context)
@@ -127,6 +129,33 @@ class StagedTrainer(EvaluationMixin):
         last = max(names.index(name) for name in self.chosen)
         settings = stage_settings(self.config, names)
         self.stages = self.model.make_stages(settings, train_data._dataset)[: last + 1]
+
+    def _check_given(self) -> None:
+        """Weights of other runs that do not fit are told before any stage is trained."""
+        for stage in self.stages:
+            if stage.settings.weights_from and self._is_to_train(stage):
+                folder, checkpoint = self.given(stage)
+                with _unfit(stage, folder):
+                    stage.check_state(checkpoint.tensors)
+
+    def given(self, stage: Stage) -> tuple[Path, Checkpoint]:
+        """The weights of another run that a stage is to take, and where they are.
+
+        Raises:
+            UserError: they are of other items, or have seen what is held out here.
+        """
+        run = Path(str(stage.settings.weights_from))
+        own, only = (run / name / "best" for name in (stage.name, ONLY_STAGE))
+        folder = own if has_checkpoint(own) else only
+        checkpoint, key = read_checkpoint(folder, self.device), f"{stage.name}_from"
+        same = checkpoint.config.get("dataset") == self.config["dataset"]
+        if stage.of_items and not same:
+            _check_dataset(key, checkpoint, self, folder)
+        if stage.of_items or same:  # a ranker of this dataset has read its training rows too
+            _check_split(key, checkpoint.config, self.config.settings(), folder)
+        if stage.of_items:
+            check_items(checkpoint, self.items, folder)
+        return folder, checkpoint
 
     def _is_to_train(self, stage: Stage) -> bool:
         wanted = stage.name in self.chosen or stage.settings.weights_from is not None
@@ -194,7 +223,7 @@ class StageLoop:
         """Trains to the end of the stage, from where an earlier attempt was saved."""
         self._go_on()
         if self.settings.weights_from:
-            self._take(Path(self.settings.weights_from))
+            self._take()
             return self._leave("given")
         if self.settings.epochs == 0:
             return self._leave("untrained")
@@ -209,22 +238,11 @@ class StageLoop:
         self._save_last()
         return None
 
-    def _take(self, run: Path) -> None:
+    def _take(self) -> None:
         """Takes the weights of another run."""
-        own, only = (run / name / "best" for name in (self.stage.name, ONLY_STAGE))
-        folder = own if has_checkpoint(own) else only
-        checkpoint = read_checkpoint(folder, self.trainer.device)
-        key = f"{self.stage.name}_from"
-        if self.stage.of_items:
-            _check_dataset(key, checkpoint, self.trainer, folder)
-            check_items(checkpoint, self.trainer.items, folder)
-            _check_split(key, checkpoint.config, self.trainer.config.settings(), folder)
-        try:
+        folder, checkpoint = self.trainer.given(self.stage)
+        with _unfit(self.stage, folder):
             self.stage.load_state(checkpoint.tensors)
-        except UnfitWeightsError as error:
-            raise UserError(
-                f"{key}: the weights in {folder} cannot be used, {error}: name another run."
-            ) from error
 
     def _leave(self, why: str) -> None:
         """Trains nothing: all that is left is to see what the weights are worth here."""
@@ -433,10 +451,21 @@ class StageLoop:
         return self._steps
 
 
+@contextmanager
+def _unfit(stage: Stage, folder: Path) -> Iterator[None]:
+    """Weights of another run that a stage cannot take are the user's mistake."""
+    try:
+        yield
+    except UnfitWeightsError as error:
+        raise UserError(
+            f"{stage.name}_from: the weights in {folder} cannot be used, {error}: name another run."
+        ) from error
+
+
 def _check_dataset(key: str, checkpoint: Checkpoint, trainer: StagedTrainer, folder: Path) -> None:
     """Raises `UserError` for weights of another dataset with other items."""
     theirs, ours = checkpoint.config.get("dataset"), trainer.config["dataset"]
-    if theirs != ours and list(checkpoint.items) != list(trainer.items):
+    if list(checkpoint.items) != list(trainer.items):
         raise UserError(
             f"{key}: {folder} was trained on {theirs}, whose items are not those of {ours}: name a "
             f"run on {ours}."

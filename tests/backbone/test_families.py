@@ -84,6 +84,19 @@ def test_a_picture_just_short_of_that_is_taken(backbone: Backbone) -> None:
     assert backbone.family.pixels(Image.new("RGB", (1990, 10))) is not None
 
 
+@pytest.mark.parametrize("size", [(1990, 10), (50, 5000), (4000, 500), (300, 40)])
+@pytest.mark.parametrize("most", [784 * 4, 784 * 9, 784 * 36])
+def test_a_strip_keeps_to_the_budget(backbone: Backbone, size: tuple[int, int], most: int) -> None:
+    family = Qwen2VL(backbone.tokenizer, None, PictureSettings(784, most))
+    pixels = family.pixels(Image.new("RGB", size))
+    assert pixels is not None
+    _, rows, columns = pixels.grid
+    assert rows * columns // 4 <= most // 784
+    assert (columns > rows) == (size[0] > size[1])
+    piece = family.image_piece(1, pixels.grid)
+    assert len(piece) <= len(family.largest_image_piece())
+
+
 @pytest.mark.parametrize(("least", "most"), [(783, 28224), (6272, 3136), (0, 0)])
 def test_an_impossible_budget_is_the_users_mistake(
     backbone: Backbone, least: int, most: int

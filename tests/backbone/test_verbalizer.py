@@ -40,20 +40,22 @@ def test_more_candidates_than_letters_is_the_users_mistake(
         verbalizer_of(backbone, candidates)
 
 
+@pytest.mark.parametrize("unknown", ["<e>", None])  # a token that is left out, or one that stays
 def test_a_tokenizer_without_a_token_of_each_letter_is_the_users_mistake(
-    backbone: Backbone,
+    unknown: str | None,
 ) -> None:
-    from tokenizers import Tokenizer
+    from tokenizers import Regex, Tokenizer
     from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
     from transformers import PreTrainedTokenizerFast
 
     from recbole_mm.backbone.prompt import TextEncoder
 
-    core = Tokenizer(WordLevel({"A": 0, "<e>": 1}, unk_token="<e>"))  # knows no B
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<e>")
-    encoder = TextEncoder(fast)
+    core = Tokenizer(WordLevel({"A": 0, "<e>": 1}, unk_token="<e>"))  # knows no B and no C
+    core.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    encoder = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=core, unk_token=unknown))
     with pytest.raises(UserError, match="single-token letters"):
-        Verbalizer(encoder, 2, "<e>")
+        Verbalizer(encoder, 3, "<e>")
 
 
 @pytest.mark.parametrize("count", [2, K, 26])

@@ -71,6 +71,20 @@ def test_every_position_with_a_target_is_a_prefix(mini: Path) -> None:
     assert len({len(items) for items, _ in expected}) > 3
 
 
+def test_positions_are_of_training_items_alone(mini: Path) -> None:
+    """From each user's items but the last two: what is held out is no target and in no history."""
+    world = world_of(mini)
+    stage = world.stage("preference")
+    rows = collate(stage.rows, np.arange(len(stage.rows)))
+    whole: dict[int, list[int]] = {}  # the longest prefix of each row, with its target
+    for items, nexts, user in zip(
+        *(p.tolist() for p in (*parts(rows), rows["user_id"])), strict=True
+    ):
+        for prefix, target in prefixes_of(torch.tensor([items]), torch.tensor([nexts])):
+            whole[user] = [*prefix, target]
+    assert sorted(whole.values()) == sorted(items[:-2] for items in world.raw())
+
+
 def test_one_pass_scores_every_prefix(mini: Path) -> None:
     stage = stage_of(mini)
     stage.policy.eval()

@@ -298,6 +298,7 @@ def test_vectors_do_not_decay(world: World) -> None:
         ({"candidate_order": "random"}, "use retriever, shuffled"),
         ({"supervise": "all"}, "use letter, letter_eos"),
         ({"attributes": ["colour", "weight"]}, "reads colour, weight"),
+        ({"attributes": []}, "reads nothing"),
         ({"backbone": "qwen9"}, "no backbone 'qwen9'"),
         ({"min_pixels": 5}, "pixel budget"),
         ({"backbone": "tiny-llama"}, r"backbone 'tiny-llama' reads text alone: set attributes to"),

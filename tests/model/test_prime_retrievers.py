@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from recbole.data.interaction import Interaction
+from safetensors.torch import load_file
 
 from recbole_mm import quick_start
 from recbole_mm.config import MMConfig
+from recbole_mm.data.demo import Sizes, make_demo
 from recbole_mm.data.sequences import TARGETS, collate
 from recbole_mm.errors import UserError
 from recbole_mm.trainer.run import Run
 from recbole_mm.trainer.staged import StagedTrainer
+from tests.backbone.conftest import saved_folder  # noqa: F401 (a fixture)
 from tests.model.prime_world import SMALL, World, world_of
 
 RETRIEVERS = [
@@ -158,6 +161,53 @@ def test_a_trained_ranker_is_taken_as_it_is(mini: Path, in_folder: Path) -> None
         Path(r["run_dir"]).joinpath("ranker", *same).read_bytes() for r in (first, second)
     )
     assert one == other
+
+
+def test_what_does_not_fit_is_told_before_anything_is_trained(mini: Path, in_folder: Path) -> None:
+    """A ranker of another tokenizer, and weights that may have seen what is held out here."""
+    keys = {**SMALL, "data_path": str(mini), "cache_dir": str(mini)}
+    first = quick_start.run("PRIME", "mini", overrides={**keys, "stages": ["retriever", "ranker"]})
+    split = "was trained on another split of the data, limit_users was .* and is 20"
+    for given, changes, told in (
+        ("ranker", {"attributes": ["title"]}, "cannot be used, they were made with another token"),
+        ("ranker", {"limit_users": 20}, split),
+        ("retriever", {"limit_users": 20}, split),
+    ):
+        wrong = {**keys, f"{given}_from": first["run_dir"], **changes}
+        with pytest.raises(UserError, match=f"^{given}_from: .*{told}"):
+            quick_start.run("PRIME", "mini", overrides=wrong)
+    assert [str(path.parent) for path in Path("saved").glob("*/retriever")] == [first["run_dir"]]
+
+
+def test_a_ranker_of_another_shop_ranks_what_this_ones_retriever_finds(
+    mini: Path,
+    saved_folder: Path,  # noqa: F811
+    in_folder: Path,
+) -> None:
+    """The paper's figure 6: adapters know no items."""
+    shop = Sizes(12, (6, 6), aisles=1, shelves=6, staples=1, novelties=1, trials=1)
+    make_demo(in_folder / "data" / "other", sizes=shop)
+    keys = {
+        **{**SMALL, "backbone": str(saved_folder), "cache_dir": str(in_folder)},
+        **{"max_pixels": 3136, "max_attr_tokens": 4, "instruction": "Next?"},
+        **{"epochs": 1, "attributes": ["image", "title"], "stages": ["retriever", "ranker"]},
+    }
+    here = quick_start.run("PRIME", "mini", overrides={**keys, "data_path": str(mini)})
+    there = {**keys, "data_path": str(in_folder / "data"), "ranker_from": here["run_dir"]}
+    result = quick_start.run("PRIME", "other", overrides=there)
+    assert result["stages"]["retriever"]["steps"] > 0
+    assert (result["stages"]["ranker"]["steps"], result["stages"]["ranker"]["stopped"]) == (
+        0,
+        "given",
+    )
+    one, other = (
+        load_file(Path(r["run_dir"]) / "ranker/best/model.safetensors") for r in (here, result)
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    there = {**there, "retriever_from": here["run_dir"]}
+    with pytest.raises(UserError, match=r"retriever_from: .* was trained on mini, whose items"):
+        quick_start.run("PRIME", "other", overrides=there)
 
 
 def test_a_run_that_has_no_such_stage_is_told(mini: Path, in_folder: Path) -> None:

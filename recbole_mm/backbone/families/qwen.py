@@ -46,13 +46,14 @@ class Qwen2VL(PictureFamily):
         if not 28 * 28 <= least <= most:
             raise UserError(
                 f"The backbone's pixel budget is min_pixels={least}, max_pixels={most}: "
-                "set 784 (one token) <= min_pixels <= max_pixels in its YAML."
+                "set 784 (one token) <= min_pixels <= max_pixels."
             )
         self.processor = Qwen2VLImageProcessorPil(
             size={"shortest_edge": least, "longest_edge": most}
         )
         self._merge = int(self.processor.merge_size)
-        self.largest = (1, self._merge, self._merge * (most // (28 * 28)))
+        self._most_tokens = most // (28 * 28)
+        self.largest = (1, self._merge, self._merge * self._most_tokens)
 
     def _needed(self) -> tuple[str, ...]:
         return (*self.around, self.placeholder)
@@ -82,6 +83,15 @@ class Qwen2VL(PictureFamily):
         return grid[0], grid[1] // self._merge, grid[2] // self._merge
 
     def _take(self, image: Any) -> Pixels:
+        pixels = self._process(image)
+        _, rows, columns = self.token_grid(pixels.grid)
+        if rows * columns <= self._most_tokens:
+            return pixels
+        # The processor keeps the shape of a strip one token high, and with it passes the budget.
+        long = 28 * self._most_tokens
+        return self._process(image.resize((long, 28) if image.width > image.height else (28, long)))
+
+    def _process(self, image: Any) -> Pixels:
         out = self.processor(images=[image], return_tensors="pt")
         time, rows, columns = out["image_grid_thw"][0].tolist()
         return Pixels(out["pixel_values"], (time, rows, columns))

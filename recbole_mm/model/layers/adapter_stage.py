@@ -41,8 +41,8 @@ class AdapterStage(Stage):
         mark = torch.tensor(list(digest), dtype=torch.uint8)  # (32,)
         return {**{name: p.detach() for name, p in self._trained().items()}, _FINGERPRINT: mark}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes back what `state` gave.
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Compares tokenizer, names and shapes with the module's own.
 
         Raises:
             UnfitWeightsError: they belong to another backbone, or to other texts of the items.
@@ -56,6 +56,14 @@ class AdapterStage(Stage):
             )
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
             raise UnfitWeightsError("they do not fit this backbone")
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes back what `state` gave.
+
+        Raises:
+            UnfitWeightsError: see `check_state`.
+        """
+        self.check_state(state)
         with torch.no_grad():
             for name, parameter in self._trained().items():
                 parameter.copy_(state[name])
