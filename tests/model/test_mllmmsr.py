@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from recbole_mm.backbone.batch import collate
-from recbole_mm.backbone.generate import Quoted, Request, Shown
+from recbole_mm.backbone.generate import Quoted, Request, Shown, write_prompt
 from recbole_mm.backbone.prompt import Prompt
 from recbole_mm.backbone.wording import Budgets, Wording
 from recbole_mm.backbone.yesno import find_answers
@@ -60,7 +60,7 @@ def quoted(request: Request) -> list[str]:
     [
         ("title", ["one", "two", "three", "?"]),
         ("image", ["seen1.0", "two", "seen1.1", "?"]),
-        ("title_image", ["one. seen1.0", "two", "three. seen1.1", "?"]),
+        ("title_image", ["seen1.0", "two", "seen1.1", "?"]),
         ("text", ["said1.0", "said1.1", "said1.2", "?"]),
         ("fusion", ["said2.0", "said1.1", "said2.1", "?"]),
     ],
@@ -80,6 +80,32 @@ def test_descriptions(item_text: str, expected: list[str]) -> None:
     made.describe([1, 2, 3, 8])
     after = [sum(map(len, who.rounds)) for who in (made.seer, made.speaker)]
     assert before == after, "each is made once"
+
+
+def test_a_history_says_title_and_what_the_picture_shows() -> None:
+    """Each with a budget of its own, the title once where there is no picture."""
+    made = summaries("title_image")
+    made.prefer([(1, 2, 3)])
+    (request,) = made.speaker.rounds[-1]
+    assert quoted(request) == ["one", "seen1.0", "two", "three", "seen1.1"]
+    assert {part.max_tokens for part in request if isinstance(part, Quoted)} == {9}
+
+
+def test_a_picture_is_heard_of_behind_a_title_beyond_its_budget(mini: Path) -> None:
+    """In the tiny form, too, where budgets are a few tokens."""
+    asked = []
+    for item_text in ("title_image", "title"):
+        world = msr_world(mini, item_text=item_text, max_summary_tokens=2, brief=True)
+        summaries = world.model.summaries
+        summaries.titles = [f"{title} " * 9 for title in summaries.titles]
+        summaries.describe([1, 2, 3])
+        speaker = summaries.speaker
+        backbone = speaker.source.get()
+        images = speaker._images(backbone)
+        prompt = write_prompt(backbone, images, summaries.request((1, 2, 3), None))
+        asked.append(prompt.ids.tolist())
+    with_pictures, titles = asked
+    assert len(with_pictures) > len(titles)
 
 
 def test_preferences_go_block_by_block() -> None:

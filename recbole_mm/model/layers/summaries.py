@@ -54,7 +54,8 @@ class Summaries:
         speaker: a model that reads, for everything else.
 
     Attributes:
-        descriptions: by item id; to be filled by `describe`, or from elsewhere.
+        descriptions: by item id; to be filled by `describe`, or from elsewhere. With
+            ``title_image`` what the picture shows, without the title, which stands before it.
         preferences: by history.
     """
 
@@ -87,16 +88,13 @@ class Summaries:
             asked = [wording.of_picture(words, item) for item in shown]
             seen = dict(zip(shown, self.seer.texts(asked, "Pictures", show_progress), strict=True))
         if how in ("title", "title_image", "image"):
-            found = {item: self._beside(item, seen.get(item)) for item in new}
+            found = {item: seen.get(item) or self._title(item) for item in new}
         else:
             found = self._summed_up(new, seen, show_progress)
         self.descriptions.update(found)
 
-    def _beside(self, item: int, seen: str | None) -> str:
-        title = self.titles[item] or "?"
-        if not seen:
-            return title
-        return seen if self.settings.item_text == "image" else f"{title}. {seen}"
+    def _title(self, item: int) -> str:
+        return self.titles[item] or "?"
 
     def _summed_up(
         self, items: Sequence[int], seen: Mapping[int, str], show_progress: bool
@@ -136,15 +134,21 @@ class Summaries:
 
     def request(self, block: Ids, before: str | None) -> Request:
         """What is asked about one block."""
-        texts = [self.descriptions[item] for item in block]
+        said = [self.said_of(item) for item in block]
         settings = self.settings
-        return wording.of_history(settings.words, texts, before, settings.budgets)
+        return wording.of_history(settings.words, said, before, settings.budgets)
+
+    def said_of(self, item: int) -> tuple[str, ...]:
+        """What a history says of an item, in parts: none is cut to make room for another."""
+        title, description = self._title(item), self.descriptions[item]
+        beside = self.settings.item_text == "title_image" and description != title
+        return (title, description) if beside else (description,)
 
     def user_part(self, history: Ids) -> Request:
         """What a question says of a user; makes a preference that is not there yet."""
         settings = self.settings
         if settings.pref_mode == "none":
-            titles = [self.titles[item] or "?" for item in history]
+            titles = [self._title(item) for item in history]
             return wording.titles_part(settings.words, titles, settings.budgets)
         if history not in self.preferences:
             self.prefer([history])
