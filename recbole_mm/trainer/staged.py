@@ -215,6 +215,8 @@ class StageLoop:
         folder = own if has_checkpoint(own) else only
         checkpoint = read_checkpoint(folder, self.trainer.device)
         key = f"{self.stage.name}_from"
+        if self.stage.of_model:
+            _check_model(key, checkpoint, self.stage, folder)
         if self.stage.of_items:
             _check_dataset(key, checkpoint, self.trainer, folder)
             check_items(checkpoint, self.trainer.items, folder)
@@ -431,6 +433,16 @@ class StageLoop:
             total = per_epoch * self.settings.epochs
             self._steps = min(total, self.settings.max_steps or total)
         return self._steps
+
+
+def _check_model(key: str, checkpoint: Checkpoint, stage: Stage, folder: Path) -> None:
+    """Raises `UserError` for weights of another model: BPR's fit into LightGCN."""
+    theirs = checkpoint.config.get(stage.name) or checkpoint.config.get("model")
+    if theirs != stage.of_model:
+        raise UserError(
+            f"{key}: {folder} holds weights of {theirs}, not of {stage.of_model}: name a run of "
+            f"{stage.of_model}."
+        )
 
 
 def _check_dataset(key: str, checkpoint: Checkpoint, trainer: StagedTrainer, folder: Path) -> None:
