@@ -18,6 +18,7 @@ from recbole_mm.backbone.prompt import Prompt
 from recbole_mm.backbone.wording import Budgets, Wording
 from recbole_mm.backbone.yesno import find_answers
 from recbole_mm.config import MMConfig
+from recbole_mm.data.made_texts import write_texts
 from recbole_mm.data.sequences import group_by_user
 from recbole_mm.errors import UserError
 from recbole_mm.model.layers.sft_stage import Negatives, histories_of, newest_targets
@@ -399,11 +400,36 @@ def test_texts_of_another_dataset_are_refused(mini: Path, tmp_path: Path) -> Non
     path = tmp_path / "other.jsonl"
     path.write_text('{"items": ["B0001"], "text": "A lamp."}\n')
     world = msr_world(mini, item_summary_file=str(path))
-    with pytest.raises(UserError, match="not one of its lines is about items of this dataset"):
+    with pytest.raises(
+        UserError, match=r"not one of its lines is about items of mini.* set item_s"
+    ):
         world.stages()[0].prepare(world.context(tmp_path))
     path.write_text('{"items": ["B0001"], "text": "A lamp."}\n{"item": 3}\n')
     with pytest.raises(UserError, match=r"other.jsonl, line 2: expected"):
         world.stages()[0].prepare(world.context(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["item_summary_file", "user_summary_file", "item_summary_from"])
+def test_texts_of_another_dataset_with_the_same_ids_are_refused(
+    mini: Path, tmp_path: Path, key: str
+) -> None:
+    """Numbers match in any two datasets: what a run leaves says whose texts they are."""
+    run = tmp_path / "run"
+    path = run / "item_summary" / "texts.jsonl" if key.endswith("from") else tmp_path / "o.jsonl"
+    tokens = msr_world(mini).model.item_tokens
+    write_texts(path, {(1,): "A lamp.", (2,): "A cup."}, tokens, "others")
+    world = msr_world(mini, **{key: str(run if key.endswith("from") else path)})
+    stage = world.stages()[key.startswith("user")]
+    told = rf"jsonl, line 1: it is of the dataset others, not of mini: set {key} to texts of mini\."
+    with pytest.raises(UserError, match=told):
+        stage.prepare(world.context(tmp_path / "mine"))
+    write_texts(path, {(1,): "A lamp.", (2,): "A cup."}, tokens, "mini")
+    given = stage.given(world.context(tmp_path / "mine"))
+    path.write_text(path.read_text().replace('"dataset": "mini", ', ""))
+    assert '"dataset"' not in path.read_text()
+    assert (
+        stage.given(world.context(tmp_path / "mine")) == given == {(1,): "A lamp.", (2,): "A cup."}
+    )
 
 
 def test_the_answers_are_found_behind_the_prompt(msr: MsrWorld) -> None:
