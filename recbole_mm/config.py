@@ -306,7 +306,11 @@ class MMConfig(Config):
         if second is not None:
             named = dataset_yaml.get("text_backbone", internal["text_backbone"])
             named = external.get("text_backbone", named)
-            internal["text_backbone_spec"] = second_backbone(str(named), str(second))
+            own = second_backbone(str(named), str(second))
+            quantize = external.get("quantize", dataset_yaml.get("quantize"))
+            if quantize and not own["is_tiny"]:  # a run's key reaches both
+                own["quantize"] = str(quantize)
+            internal["text_backbone_spec"] = own
 
     def _suit_model_type(self, model_class: Any, recbole_own: Mapping[str, Any]) -> None:
         internal = self.internal_config_dict

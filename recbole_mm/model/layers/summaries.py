@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,10 @@ class Summaries:
         pictured: items that have a picture.
         seer: a model that sees, for pictures.
         speaker: a model that reads, for everything else.
+        readable: whether an item's picture can be read; asked before it is described.
 
     Attributes:
+        pictured: items that have a picture, as far as is known.
         descriptions: by item id; to be filled by `describe`, or from elsewhere. With
             ``title_image`` what the picture shows, without the title, which stands before it.
         preferences: by history.
@@ -66,8 +68,10 @@ class Summaries:
         pictured: Iterable[int],
         seer: TextWriter,
         speaker: TextWriter,
+        readable: Callable[[int], bool] = lambda item: True,
     ) -> None:
-        self.settings, self.titles, self.pictured = settings, titles, frozenset(pictured)
+        self.settings, self.titles, self.pictured = settings, titles, {*pictured}
+        self._readable = readable
         self.seer, self.speaker = seer, speaker
         self.descriptions: dict[int, str] = {}
         self.preferences: dict[Ids, str] = {}
@@ -84,7 +88,7 @@ class Summaries:
         new = [item for item in items if item not in self.descriptions]
         seen: dict[int, str] = {}
         if self.settings.sees:
-            shown = [item for item in new if item in self.pictured]
+            shown = self._shown(new)
             asked = [wording.of_picture(words, item) for item in shown]
             seen = dict(zip(shown, self.seer.texts(asked, "Pictures", show_progress), strict=True))
         if how in ("title", "title_image", "image"):
@@ -92,6 +96,12 @@ class Summaries:
         else:
             found = self._summed_up(new, seen, show_progress)
         self.descriptions.update(found)
+
+    def _shown(self, items: Iterable[int]) -> list[int]:
+        """Those that have a picture; one that cannot be read is none."""
+        shown = [item for item in items if item in self.pictured]
+        self.pictured -= {item for item in shown if not self._readable(item)}
+        return [item for item in shown if item in self.pictured]
 
     def _title(self, item: int) -> str:
         return self.titles[item] or "?"
