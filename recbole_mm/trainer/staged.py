@@ -440,8 +440,8 @@ def _check_model(key: str, checkpoint: Checkpoint, stage: Stage, folder: Path) -
     theirs = checkpoint.config.get(stage.name) or checkpoint.config.get("model")
     if theirs != stage.of_model:
         raise UserError(
-            f"{key}: {folder} holds weights of {theirs}, not of {stage.of_model}: name a run of "
-            f"{stage.of_model}."
+            f"{key}: the weights in {folder} cannot be used, they are of {theirs}, not of "
+            f"{stage.of_model}: name a run of {stage.of_model}."
         )
 
 

@@ -449,3 +449,8 @@ def test_text_backbone_follows_the_rules_of_backbone() -> None:
     other = MMConfig("MLLMMSR", "nowhere", (), {"backbone": "tiny", "text_backbone": "qwen2-vl-2b"})
     assert other["text_backbone_spec"]["max_pixels"] == 28224
     assert tiny.hash() != other.hash()
+    small = MMConfig("MLLMMSR", "nowhere", (), {"quantize": "nf4"})
+    assert small["text_backbone_spec"]["quantize"] == small["quantize"] == "nf4"
+    assert config["text_backbone_spec"]["quantize"] == "none"
+    mixed = MMConfig("MLLMMSR", "nowhere", (), {"quantize": "nf4", "text_backbone": "tiny"})
+    assert mixed["text_backbone_spec"]["quantize"] == "none"  # which has no bits to save

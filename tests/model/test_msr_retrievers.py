@@ -185,7 +185,7 @@ def test_runs_of_others_are_refused(mini: Path, demo_path: Path, in_folder: Path
     """Of another model, whose weights would fit; of another split; of another dataset."""
     shop = {**SHARED, "data_path": str(mini), "valid_metric": "NDCG@5"}
     bpr = quick_start.run("BPR", "mini", overrides=shop)["run_dir"]
-    with pytest.raises(UserError, match=r"holds weights of BPR, not of LightGCN: name a run of"):
+    with pytest.raises(UserError, match=r"they are of BPR, not of LightGCN: name a run of L"):
         rerank(mini, retriever="LightGCN", retriever_from=bpr)
     split = {"split": {"US": [8, 1, 1]}, "order": "TO", "mode": "full"}
     with pytest.raises(UserError, match=r"retriever_from: .* was trained on another split"):
