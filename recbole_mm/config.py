@@ -30,6 +30,7 @@ from recbole.utils import ModelType  # noqa: E402
 
 from recbole_mm.config_checks import check_all, check_values  # noqa: E402
 from recbole_mm.config_types import NULL_KEYS, convert  # noqa: E402
+from recbole_mm.inner import find_inner  # noqa: E402
 
 # Keys that name the run itself or that RecBole reads without giving them a default.
 RUN_KEYS = frozenset(
@@ -286,12 +287,7 @@ class MMConfig(Config):
             return
         default = read_yaml(property_file("model", model) or Path())[key]
         name = str(self.external_config_dict.get(key, dataset_yaml.get(key, default)))
-        try:
-            inner = get_model(name)
-        except UserError as error:
-            raise UserError(str(error).replace("--model", f"--{key}")) from error
-        if inner.type != ModelType.SEQUENTIAL or inner is model_class:  # type: ignore[attr-defined]
-            raise UserError(f"--{key}: {name} is no sequential model, {model} needs one.")
+        find_inner(model, model_class, name)
         recboles = Path(recbole.__file__).parent / "properties" / "model" / f"{name}.yaml"
         for path in (recboles if recboles.is_file() else None, property_file("model", name)):
             self._lay(path)
@@ -310,7 +306,11 @@ class MMConfig(Config):
         if second is not None:
             named = dataset_yaml.get("text_backbone", internal["text_backbone"])
             named = external.get("text_backbone", named)
-            internal["text_backbone_spec"] = second_backbone(str(named), str(second))
+            own = second_backbone(str(named), str(second))
+            quantize = external.get("quantize", dataset_yaml.get("quantize"))
+            if quantize and not own["is_tiny"]:  # a run's key reaches both
+                own["quantize"] = str(quantize)
+            internal["text_backbone_spec"] = own
 
     def _suit_model_type(self, model_class: Any, recbole_own: Mapping[str, Any]) -> None:
         internal = self.internal_config_dict

@@ -17,7 +17,7 @@ from recbole.evaluator.register import metric_information
 from recbole.utils import EvaluatorType, ModelType
 
 from recbole_mm.errors import UserError, nearest
-from recbole_mm.registry import get_model
+from recbole_mm.inner import check_inner, inner_class
 from recbole_mm.stage import SCHEDULES
 
 Final = Mapping[str, Any]
@@ -187,7 +187,7 @@ def check_all(model: str, model_class: Any, final: Final) -> None:
         _check_declared(declaring, stages, final)
     _check_metrics(stages, final)
     _check_protocol(model, model_class, final)
-    _check_inner(model, model_class, final)
+    check_inner(model, model_class, final)
     _check_train_mode(model, model_class, final)
     _check_stages(model, model_class, stages, final)
     _check_clipping(model, model_class, stages, final)
@@ -362,36 +362,6 @@ def _check_train_mode(model: str, model_class: Any, final: Final) -> None:
         name = model if trained is model_class else f"{model}'s {final[model_class.inner_model]}"
         raise UserError(
             f"train_mode: {name} does not train in mode '{mode}': set it to {' or '.join(offered)}."
-        )
-
-
-def inner_class(model_class: Any, final: Final) -> Any:
-    """The class of the model inside a model, or None where it has none."""
-    key = getattr(model_class, "inner_model", None)
-    return get_model(final[key]) if key else None
-
-
-def _check_inner(model: str, model_class: Any, final: Final) -> None:
-    """A model inside a model is trained by our stages: from sequences, by its own whole loss."""
-    inner = inner_class(model_class, final)
-    if inner is None:
-        return
-    key, name = model_class.inner_model, final[model_class.inner_model]
-    if final.get("loss_type", "CE") != "CE" or hasattr(inner, "input_type"):
-        raise UserError(
-            f"{key}: {name} trains on sampled negatives, {model}'s retriever on cross entropy: "
-            "set loss_type: CE where it has that, or take another."
-        )
-    if final.get("benchmark_filename") and list(final["stages"] or ()) != [key]:
-        raise UserError(
-            f"benchmark_filename: {model} is trained on each user's sequence, which a ready-made "
-            f"split does not tell: leave it out, or train the retriever alone, --stages={key}."
-        )
-    prepared = final.get("transform") and final["train_mode"] != "whole"
-    if prepared or (len(getattr(inner, "stage_names", ())) > 1):
-        raise UserError(
-            f"{key}: {name} trains on rows or in stages that {model} does not make: "
-            "set train_mode: whole where it has that, or take another."
         )
 
 

@@ -34,7 +34,7 @@ MENDED: dict[str, str] = {
         name: f"recbole_mm.model.zoo:{name}"
         for name in (
             *("BERT4Rec", "DiffRec", "GRU4Rec", "KSR", "LDiffRec", "MacridVAE"),
-            *("MultiVAE", "RaCT", "Random", "RippleNet", "S3Rec", "SASRec"),
+            *("MultiVAE", "Pop", "RaCT", "Random", "RippleNet", "S3Rec", "SASRec"),
         )
     },
 }

@@ -90,6 +90,8 @@ class Stage:
         module: its parameters with ``requires_grad`` are trained and saved with the stage.
         settings: how it is optimised.
         of_items: whether its weights belong to one catalogue of items.
+        of_model: the name of the model whose weights they are; "" where another run's are told
+            by their sizes.
         trains: False: nothing is trained, validated or saved; `prepare` makes what later stages
             read, takes up what an earlier attempt left, and `finish` says what there is.
     """
@@ -98,6 +100,7 @@ class Stage:
     module: nn.Module
     settings: StageSettings
     of_items = True
+    of_model = ""
     trains = True
 
     def __init__(self, name: str, module: nn.Module, settings: StageSettings) -> None:

@@ -24,7 +24,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recbole_mm.backbone.batch import PromptBatch, by_length, collate
-from recbole_mm.backbone.load import Backbone, BackboneSpec, load_backbone, model_files
+from recbole_mm.backbone.load import (
+    Backbone,
+    BackboneSpec,
+    check_template,
+    commit_of,
+    load_backbone,
+    model_files,
+)
 from recbole_mm.backbone.prompt import Prompt, clean_text, join, text_piece
 from recbole_mm.backbone.vision import ItemImages
 from recbole_mm.errors import UserError
@@ -175,6 +182,14 @@ class LazyBackbone:
             self._loaded = found.to(self._device)
         return self._loaded.eval()
 
+    def check(self) -> None:
+        """Tells what can be told of it before it is loaded.
+
+        Raises:
+            UserError: see `check_template`.
+        """
+        check_template(self.spec)
+
     def lend(self, backbone: Backbone) -> None:
         """Takes the same backbone from elsewhere, before it is trained, instead of a second one:
         new adapters change nothing."""
@@ -186,12 +201,12 @@ class LazyBackbone:
 
     @cached_property
     def identity(self) -> str:
-        """What decides what it says: 64 hexadecimal digits, found without loading it."""
+        """What decides what it says: 64 hexadecimal digits, found without loading its weights."""
         parts: list[Any] = [getattr(self.spec, name) for name in _SAYS]
         if self.spec.is_tiny:
             parts += [dict(self.spec.tiny or {}), self._seed, [*self._texts], [*self._fixed]]
         else:
-            parts += model_files(self.spec.model)
+            parts += [commit_of(self.spec), *model_files(self.spec.model)]
         return _digest(parts)
 
 

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ class Backbone(nn.Module):
         if Path(spec.model).is_dir():
             parts += model_files(spec.model)
         else:
-            parts.append(getattr(model.config, "_commit_hash", None) or spec.revision)
+            parts.append(commit_of(spec) or spec.revision)
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         return FeatureLog(cache / f"vision-{key}", width, dtype)
 
@@ -264,6 +265,46 @@ def model_files(model: str) -> list[tuple[str, int, int]]:
     return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
+def commit_of(spec: BackboneSpec) -> str | None:
+    """The commit of the hub that `spec` names now; None for a local folder, a tiny form, or where
+    the model is neither cached nor reachable."""
+    if spec.is_tiny or Path(spec.model).is_dir():
+        return None
+    require("transformers")
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(spec.model, "config.json", **_where(spec))
+    except (OSError, ValueError):
+        return None
+    folder = Path(found).parent if found else Path()
+    return folder.name if folder.parent.name == "snapshots" else None  # as the hub's cache lies
+
+
+def check_template(spec: BackboneSpec) -> None:
+    """Reads the tokenizer of a backbone that is loaded later, where it is at hand.
+
+    Raises:
+        UserError: it has no chat template, and the backbone's family asks for one.
+    """
+    family: Any = FAMILIES[spec.family]
+    if spec.is_tiny or not family.asks_template:
+        return
+    require("transformers")
+    from transformers import AutoTokenizer
+
+    with suppress(OSError, ValueError):
+        family.check(AutoTokenizer.from_pretrained(spec.model, **_where(spec)))
+
+
+def _where(spec: BackboneSpec) -> dict[str, Any]:
+    """Which commit `transformers` takes, and whether it asks the hub."""
+    return {
+        "revision": spec.revision or "main",
+        "local_files_only": not is_online(spec.model),
+    }
+
+
 def load_backbone(
     spec: BackboneSpec,
     texts: Iterable[str],
@@ -319,10 +360,8 @@ def _pretrained(spec: BackboneSpec) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
-    where: dict[str, Any] = {
-        "revision": spec.revision or "main",
-        "local_files_only": not is_online(spec.model),
-    }
+    where = _where(spec)
+    where["revision"] = commit_of(spec) or where["revision"]  # `main` may move meanwhile
     settings: dict[str, Any] = {
         "dtype": _DTYPES[spec.dtype],
         "attn_implementation": _attention(spec),

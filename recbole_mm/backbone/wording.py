@@ -59,7 +59,8 @@ class Budgets:
 
     Attributes:
         item: a title, or the description of an item.
-        summary: the description of an item where one is summed up.
+        summary: each part of an item's description (title, what its picture shows) where it is
+            summed up.
         preference: a user's preference.
     """
 
@@ -110,15 +111,25 @@ def of_both(words: Wording, text: str, picture: str, budgets: Budgets) -> Reques
 
 
 def of_history(
-    words: Wording, texts: Sequence[str], before: str | None, budgets: Budgets
+    words: Wording, items: Sequence[Sequence[str]], before: str | None, budgets: Budgets
 ) -> Request:
-    """Asks what a user prefers, who took these items and was described so before."""
+    """Asks what a user prefers, who took these items and was described so before.
+
+    Args:
+        words: of the dataset.
+        items: what is said of each, in parts, each of which has its budget.
+        before: the user's preference until then.
+        budgets: of what is quoted.
+    """
+    said = [tuple(Quoted(part, budgets.summary) for part in parts) for parts in items]
     if words.brief:
-        quoted = tuple(Quoted(text, budgets.summary) for text in texts)
+        quoted = tuple(part for parts in said for part in parts)
         return (*quoted, *(() if before is None else (Quoted(before, budgets.preference),)))
     lines: list[str | Quoted | Shown] = []
-    for number, text in enumerate(texts, start=1):
-        lines += [f"\n{number}.", Quoted(text, budgets.summary)]
+    for number, (first, *others) in enumerate(said, start=1):
+        lines += [f"\n{number}.", first]
+        for part in others:
+            lines += [".", part]
     known: Request = ()
     if before is not None:
         known = ("\nUntil then the user preferred:", Quoted(before, budgets.preference))
@@ -175,7 +186,7 @@ def fixed_text(words: Wording, answers: Sequence[str]) -> list[str]:
         of_picture(words, 0),
         of_text(words, "", none),
         of_both(words, "", "", none),
-        of_history(words, ["", "", ""], "", none),
+        of_history(words, [["", ""]] * 3, "", none),
         user_part(words, "", none),
         titles_part(words, ["", ""], none),
         item_part(words, 0, "", has_image=True, budgets=none),

@@ -283,6 +283,20 @@ class MMDataset(MMParts):
         return parts
 
 
+def general_part(train_part: MMParts) -> MMDataset:
+    """A general model's training part out of a sequential one's: each interaction of the training
+    users is a row, their first ones too."""
+    known = train_part.train_sequences
+    if known is None:
+        raise ValueError("a ready-made split tells no sequences")
+    users = np.repeat(known.users, known.lengths())
+    fields = {train_part.uid_field: users, train_part.iid_field: known.items}
+    part = MMDataset.__new__(MMDataset)  # nothing is read anew
+    part.__dict__.update(train_part.__dict__)
+    part.inter_feat = Interaction({k: torch.from_numpy(v) for k, v in fields.items()})
+    return part
+
+
 class MMSequentialDataset(MMParts, SequentialDataset):
     """RecBole's prefix rows, tensor for tensor, without its double loop."""
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recbole_mm.config_checks import inner_class
 from recbole_mm.errors import UserError
+from recbole_mm.inner import inner_class
 
 _KEYS = ("selected_features", "item_attribute")  # RecBole's, of FDSA, GRU4RecF, SASRecF and S3Rec
 _ML_100K = "class"

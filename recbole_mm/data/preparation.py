@@ -15,10 +15,11 @@ from recbole.data.utils import create_samplers, get_dataloader
 from recbole.sampler import KGSampler
 from recbole.utils import ModelType
 
-from recbole_mm.config_checks import PICKLE_KEYS, inner_class
+from recbole_mm.config_checks import PICKLE_KEYS
 from recbole_mm.data.dataset import BY_MODEL, BY_TYPE
 from recbole_mm.data.sequences import WholeFields, WholeTrainLoader, whole_windows
 from recbole_mm.errors import UserError
+from recbole_mm.inner import inner_class
 
 
 def dataset_class(config: Any) -> type[Dataset]:

@@ -106,6 +106,7 @@ class MLLMMSR(SequentialRecommender):
             "user_summary": config["user_summary_file"],
         }
         self.item_tokens: list[str] = dataset.item_tokens()
+        self.dataset_name: str = config["dataset"]
         self._kept: dict[tuple[Ids, int], float] = {}
         content = ItemContent(Path(config["data_path"]), config["dataset"], self.item_tokens)
         parts = build(config, content, self.device)

@@ -1,4 +1,4 @@
-"""MLLM-MSR over a whole catalogue: what a sequential model retrieves, asked about item by item.
+"""MLLM-MSR over a whole catalogue: what another model retrieves, asked about item by item.
 
 The paper ranks candidate lists alone. A question for every item of every user is out of reach; for
 the best N of a retriever it is N questions a user.
@@ -10,15 +10,18 @@ from collections.abc import Mapping
 from math import inf
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from recbole_mm.data.sequences import UserSequences
 from recbole_mm.errors import UserError
-from recbole_mm.model.layers.ranking import lift, top_candidates
-from recbole_mm.model.layers.retriever_stage import RetrieverStage, TrainingRows
+from recbole_mm.model.layers.ranking import lift, rows_moved, top_candidates
+from recbole_mm.model.layers.retriever_stage import TrainingRows
+from recbole_mm.model.layers.zoo_retriever import InnerModel
 from recbole_mm.model.mllmmsr import MLLMMSR
-from recbole_mm.registry import get_model
 from recbole_mm.stage import Readout, Stage, StageSettings
 
 # Metrics that read nothing of a list but the place of its target.
@@ -29,11 +32,12 @@ class MLLMMSRRerank(MLLMMSR):
     """A retriever's best N in the order of MLLM-MSR, above all other items in the retriever's.
 
     Attributes:
-        retriever: any sequential model that trains by cross entropy.
+        retriever: any general or sequential model.
         active: whose order is read: ``retriever`` or ``sft``.
     """
 
     inner_model = "retriever"  # the key that names it; its YAML stands below this one's
+    any_inner = True
     stage_names = ("retriever", *MLLMMSR.stage_names)
     bounds: ClassVar[dict[str, tuple[float, float]]] = {
         **MLLMMSR.bounds,
@@ -48,7 +52,10 @@ class MLLMMSRRerank(MLLMMSR):
         # A reranked head moves no target that is not in it, so that such users need no questions;
         # other metrics look at whole lists.
         self.only_hits = {str(name).lower() for name in config["metrics"]} <= _OF_THE_TARGET
-        self.retriever: Any = get_model(config["retriever"])(config, dataset)
+        self.mask_history: bool = config["mask_history"]
+        self._known: UserSequences | None = dataset.train_sequences
+        self.inner = InnerModel(config["retriever"], config, dataset)
+        self.retriever: Any = self.inner.model
 
     def check_protocol(self, config: Any) -> None:
         """Raises `UserError` for candidate lists, in which there is nothing to retrieve."""
@@ -65,7 +72,7 @@ class MLLMMSRRerank(MLLMMSR):
     def make_stages(self, settings: Mapping[str, StageSettings], train_dataset: Any) -> list[Stage]:
         """The stages in order, on the training part of a dataset."""
         how = settings["retriever"]
-        first = RetrieverStage("retriever", self.retriever, how, self.training_rows, train_dataset)
+        first = self.inner.stage("retriever", how, self.training_rows, train_dataset)
         return [first, *super().make_stages(settings, train_dataset)]
 
     def readouts(self, last_stage: str) -> list[Readout]:
@@ -78,11 +85,12 @@ class MLLMMSRRerank(MLLMMSR):
     @torch.no_grad()
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """Scores of all items. Shape: (B, V)."""
-        scores: Tensor = self.retriever.full_sort_predict(interaction).view(len(interaction), -1)
+        scores = self.inner.scores(interaction)
         if self.active == "retriever":
             return scores
-        candidates = top_candidates(scores, self.n_candidates)  # (B, N)
-        rows = self._rows_to_ask(interaction, candidates)
+        seen = self.seen(interaction) if self.mask_history else None
+        candidates = top_candidates(scores, self.n_candidates, seen)  # (B, N)
+        rows = self._rows_to_ask(interaction, scores, candidates, seen)
         if len(rows) == 0:
             return scores
         asked = self.candidate_scores(interaction[rows], candidates[rows].cpu())  # (n, N)
@@ -95,8 +103,23 @@ class MLLMMSRRerank(MLLMMSR):
         items = interaction[self.ITEM_ID][:, None]
         return self.full_sort_predict(interaction).gather(1, items)[:, 0]
 
-    def _rows_to_ask(self, interaction: Interaction, candidates: Tensor) -> Tensor:
+    def seen(self, interaction: Interaction) -> Tensor:
+        """What users took before their targets, in training or of late; 0 is none. (B, n)."""
+        recent: Tensor = interaction[self.ITEM_SEQ]  # (B, L)
+        known = self._known
+        if known is None:
+            return recent
+        users = interaction[self.USER_ID].cpu().numpy()
+        rows = np.searchsorted(known.users, users).clip(max=len(known) - 1)
+        taken = [
+            torch.from_numpy(known[row] if known.users[row] == user else known.items[:0])
+            for row, user in zip(rows.tolist(), users, strict=True)
+        ]
+        return torch.cat([recent, pad_sequence(taken, batch_first=True).to(recent)], dim=1)
+
+    def _rows_to_ask(
+        self, interaction: Interaction, scores: Tensor, candidates: Tensor, seen: Tensor | None
+    ) -> Tensor:
         if not self.only_hits or self.ITEM_ID not in interaction:
             return torch.arange(len(candidates), device=candidates.device)
-        targets = interaction[self.ITEM_ID].to(candidates.device)[:, None]
-        return (candidates == targets).any(dim=1).nonzero()[:, 0]
+        return rows_moved(interaction[self.ITEM_ID], scores, candidates, seen)

@@ -49,6 +49,7 @@ from recbole_mm.model.layers.ranking import (
     demotion,
     fuse,
     lift,
+    rows_moved,
     top_candidates,
 )
 from recbole_mm.model.layers.retriever_stage import RetrieverStage, TrainingRows
@@ -201,7 +202,7 @@ class PRIME(SequentialRecommender):
         candidates = self.candidates(interaction, scores)  # (B, K)
         if self.active == "demoted":
             return lift(scores, candidates, demotion(candidates, interaction[self.ITEM_SEQ]))
-        rows = self._rows_to_rank(interaction, candidates)
+        rows = self._rows_to_rank(interaction, scores, candidates)
         if len(rows) == 0:
             return scores
         ranking = self.rank(interaction[rows], candidates[rows])  # (n, K)
@@ -229,14 +230,11 @@ class PRIME(SequentialRecommender):
         target = interaction[self.ITEM_ID][:, None]
         return masked.scatter(1, target, scores.gather(1, target))
 
-    def _rows_to_rank(self, interaction: Interaction, candidates: Tensor) -> Tensor:
+    def _rows_to_rank(self, interaction: Interaction, scores: Tensor, candidates: Tensor) -> Tensor:
         if not self.only_hits or self.ITEM_ID not in interaction:
             return torch.arange(len(candidates), device=candidates.device)
-        targets = interaction[self.ITEM_ID].to(candidates.device)[:, None]
-        moved = (candidates == targets).any(dim=1)
-        if self.mask_candidates:  # candidates may pass a target that is in the history
-            moved |= (interaction[self.ITEM_SEQ].to(candidates.device) == targets).any(dim=1)
-        return moved.nonzero()[:, 0]
+        seen = interaction[self.ITEM_SEQ] if self.mask_candidates else None
+        return rows_moved(interaction[self.ITEM_ID], scores, candidates, seen)
 
     def rank(self, interaction: Interaction, candidates: Tensor) -> Tensor:
         """The ranker's log-probabilities, kept until weights change. (B, K) -> (B, K)."""

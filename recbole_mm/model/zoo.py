@@ -117,6 +117,28 @@ class KSR(sequential.KSR):
         self.relation_Matrix = self.relation_Matrix.float()
 
 
+# --- counts --------------------------------------------------------------------------------------
+class Pop(general.Pop):
+    """Scores by how often an item was taken in training, which each interaction counts for.
+
+    RecBole counts an item once a batch, and the sampled negatives of the batch with it.
+    """
+
+    max_cnt: Tensor
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        self.LABEL: str = config["LABEL_FIELD"]
+
+    def calculate_loss(self, interaction: Interaction) -> Tensor:
+        """Counts a batch; there is nothing to learn. Shape: (1,)."""
+        items = interaction[self.ITEM_ID]
+        taken = interaction[self.LABEL] if self.LABEL in interaction else torch.ones_like(items)
+        self.item_cnt.index_add_(0, items, taken.long()[:, None])
+        self.max_cnt = self.item_cnt.max(dim=0).values
+        return nn.Parameter(torch.zeros(1, device=self.device))
+
+
 # --- chance --------------------------------------------------------------------------------------
 class Random(general.random.Random):
     """Scores by chance, but a user's are the same each time: a loaded run gives its result."""

@@ -18,15 +18,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 import yaml
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from recbole_mm.errors import UserError
-
-_OTHER = "other_parameter."
 
 
 @dataclass
@@ -163,66 +160,6 @@ def _card(checkpoint: Checkpoint) -> str:
         "item tokens in id order, `state.json` the progress. Nothing here is a pickle.\n\n"
         "| validation | value |\n|---|---|\n" + rows + "\n"
     )
-
-
-# --- RecBole's `other_parameter`: what a model needs beside its weights
-
-
-def pack_other(parameters: Mapping[str, Any]) -> dict[str, Tensor]:
-    """RecBole's extra attributes as named tensors.
-
-    Modules are left out: their weights are in the state dict and the constructor builds the rest.
-
-    Raises:
-        TypeError: a kind of value that no model of the zoo has had so far.
-    """
-    packed: dict[str, Tensor] = {}
-    for name, value in parameters.items():
-        packed.update({f"{_OTHER}{name}{k}": v for k, v in _pack_one(name, value).items()})
-    return packed
-
-
-def _pack_one(name: str, value: Any) -> dict[str, Tensor]:
-    if value is None or isinstance(value, torch.nn.Module):
-        return {}
-    if isinstance(value, Tensor):
-        return {":tensor": value}
-    if isinstance(value, (np.ndarray, np.generic)):
-        return {":array": torch.from_numpy(np.atleast_1d(np.asarray(value)))}
-    if sp.issparse(value):
-        coo = value.tocoo()
-        return {
-            f":sparse.{value.format}.data": torch.from_numpy(coo.data),
-            f":sparse.{value.format}.index": torch.from_numpy(
-                np.stack([coo.row, coo.col]).astype(np.int64)
-            ),
-            f":sparse.{value.format}.shape": torch.tensor(coo.shape),
-        }
-    raise TypeError(
-        f"cannot store the attribute '{name}' of type {type(value).__name__} without pickle"
-    )
-
-
-def unpack_other(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Splits a checkpoint's tensors into weights and RecBole's extra attributes."""
-    weights = {k: v for k, v in tensors.items() if not k.startswith(_OTHER)}
-    other: dict[str, Any] = {}
-    for key in tensors.keys() - weights.keys():
-        name, _, kind = key.removeprefix(_OTHER).partition(":")
-        if kind == "tensor":
-            other[name] = tensors[key]
-        elif kind == "array":
-            other[name] = tensors[key].cpu().numpy()
-        elif kind.endswith(".data"):
-            other[name] = _unpack_sparse(tensors, f"{_OTHER}{name}:{kind.removesuffix('.data')}")
-    return weights, other
-
-
-def _unpack_sparse(tensors: Mapping[str, Tensor], prefix: str) -> Any:
-    data = tensors[f"{prefix}.data"].cpu().numpy()
-    row, col = tensors[f"{prefix}.index"].cpu().numpy()
-    shape = tuple(tensors[f"{prefix}.shape"].tolist())
-    return sp.coo_matrix((data, (row, col)), shape=shape).asformat(prefix.rsplit(".", 1)[1])
 
 
 # --- the random state of a run

@@ -13,17 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from recbole.data.dataloader import FullSortEvalDataLoader
-from recbole.data.interaction import Interaction
 from recbole.evaluator import Collector, Evaluator
 from recbole.utils import set_color
 from torch import Tensor
 from tqdm import tqdm
 
 from recbole_mm.data.candidates import candidate_metrics
+from recbole_mm.data.pairs import score_pairs
 
 Result = dict[str, float]
-# (user, item) pairs given to a model that only scores pairs: DIN's take much.
-_ROWS_AT_ONCE = 1 << 12
 
 
 class _Collector(Collector):  # type: ignore[misc]
@@ -217,7 +215,8 @@ class EvaluationMixin:
         try:
             scores = self.model.full_sort_predict(interaction.to(self.device))
         except NotImplementedError:
-            scores = self._score_pairs(interaction, eval_data._dataset, n_items)
+            features = eval_data._dataset.get_item_feature().to(self.device)
+            scores = score_pairs(self.model, interaction.to(self.device), features)
         scores = scores.view(-1, n_items)
         if torch.isnan(scores).any():
             getLogger().warning("Some scores are NaN: the model has diverged.")
@@ -232,18 +231,6 @@ class EvaluationMixin:
         lists = torch.cat([targets, negatives], dim=1)  # (B, 1 + N)
         found = self.model.candidate_scores(interaction.to(self.device), lists).cpu()
         return torch.full((len(lists), n_items), -np.inf).scatter(1, lists, found)
-
-    def _score_pairs(self, interaction: Any, dataset: Any, n_items: int) -> Tensor:
-        """For models that only score (user, item) pairs: every pair, some users at a time."""
-        item_features = dataset.get_item_feature().to(self.device)
-        users_at_once = max(_ROWS_AT_ONCE // n_items, 1)
-        blocks = []
-        for start in range(0, len(interaction), users_at_once):
-            part: Interaction = interaction[start : start + users_at_once].to(self.device)
-            pairs = part.repeat_interleave(n_items)
-            pairs.update(item_features.repeat(len(part)))
-            blocks.append(self.model.predict(pairs).view(-1, n_items))
-        return torch.cat(blocks)
 
 
 def _count_batches(eval_data: Any, rows: Tensor | None, batch_size: int) -> int:

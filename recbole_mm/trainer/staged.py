@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from logging import getLogger
 from pathlib import Path
@@ -25,7 +24,6 @@ from tqdm import tqdm
 from recbole_mm.errors import UserError
 from recbole_mm.machine import give_back_memory
 from recbole_mm.stage import (
-    ONLY_STAGE,
     Stage,
     StageContext,
     StageSettings,
@@ -41,10 +39,9 @@ from recbole_mm.trainer.checkpoint import (
     write_checkpoint,
 )
 from recbole_mm.trainer.evaluation import EvaluationMixin, Result
+from recbole_mm.trainer.given import given_weights, unfit
 from recbole_mm.trainer.run import Run
 from recbole_mm.trainer.settings import stage_settings
-
-_SPLIT = ("eval_args", "benchmark_filename", "limit_users", "history_source", "rm_dup_inter")
 
 
 @dataclass
@@ -134,28 +131,9 @@ class StagedTrainer(EvaluationMixin):
         """Weights of other runs that do not fit are told before any stage is trained."""
         for stage in self.stages:
             if stage.settings.weights_from and self._is_to_train(stage):
-                folder, checkpoint = self.given(stage)
-                with _unfit(stage, folder):
+                folder, checkpoint = given_weights(stage, self.config, self.items)
+                with unfit(stage, folder):
                     stage.check_state(checkpoint.tensors)
-
-    def given(self, stage: Stage) -> tuple[Path, Checkpoint]:
-        """The weights of another run that a stage is to take, and where they are.
-
-        Raises:
-            UserError: they are of other items, or have seen what is held out here.
-        """
-        run = Path(str(stage.settings.weights_from))
-        own, only = (run / name / "best" for name in (stage.name, ONLY_STAGE))
-        folder = own if has_checkpoint(own) else only
-        checkpoint, key = read_checkpoint(folder, self.device), f"{stage.name}_from"
-        same = checkpoint.config.get("dataset") == self.config["dataset"]
-        if stage.of_items and not same:
-            _check_dataset(key, checkpoint, self, folder)
-        if stage.of_items or same:  # a ranker of this dataset has read its training rows too
-            _check_split(key, checkpoint.config, self.config.settings(), folder)
-        if stage.of_items:
-            check_items(checkpoint, self.items, folder)
-        return folder, checkpoint
 
     def _is_to_train(self, stage: Stage) -> bool:
         wanted = stage.name in self.chosen or stage.settings.weights_from is not None
@@ -240,8 +218,8 @@ class StageLoop:
 
     def _take(self) -> None:
         """Takes the weights of another run."""
-        folder, checkpoint = self.trainer.given(self.stage)
-        with _unfit(self.stage, folder):
+        folder, checkpoint = given_weights(self.stage, self.trainer.config, self.trainer.items)
+        with unfit(self.stage, folder):
             self.stage.load_state(checkpoint.tensors)
 
     def _leave(self, why: str) -> None:
@@ -449,40 +427,3 @@ class StageLoop:
             total = per_epoch * self.settings.epochs
             self._steps = min(total, self.settings.max_steps or total)
         return self._steps
-
-
-@contextmanager
-def _unfit(stage: Stage, folder: Path) -> Iterator[None]:
-    """Weights of another run that a stage cannot take are the user's mistake."""
-    try:
-        yield
-    except UnfitWeightsError as error:
-        raise UserError(
-            f"{stage.name}_from: the weights in {folder} cannot be used, {error}: name another run."
-        ) from error
-
-
-def _check_dataset(key: str, checkpoint: Checkpoint, trainer: StagedTrainer, folder: Path) -> None:
-    """Raises `UserError` for weights of another dataset with other items."""
-    theirs, ours = checkpoint.config.get("dataset"), trainer.config["dataset"]
-    if list(checkpoint.items) != list(trainer.items):
-        raise UserError(
-            f"{key}: {folder} was trained on {theirs}, whose items are not those of {ours}: name a "
-            f"run on {ours}."
-        )
-
-
-def _check_split(
-    key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], folder: Path
-) -> None:
-    """Weights that were trained on another split may have seen the targets of this one."""
-    decide = [k for k in ours if k in _SPLIT or k.endswith("_interval")]
-    drawn = ours["limit_users"] or "RS" in ours["eval_args"]["split"]
-    decide += ["seed"] if drawn else []
-    decide += ["topfreq_items"] if ours["history_source"] == "official_topfreq" else []
-    for name in decide:
-        if theirs.get(name) != ours[name]:
-            raise UserError(
-                f"{key}: {folder} was trained on another split of the data, {name} was "
-                f"{theirs.get(name)!r} and is {ours[name]!r}: name a run of the same one."
-            )

@@ -15,16 +15,15 @@ from recbole.trainer import Trainer
 from recbole.utils import set_color
 
 from recbole_mm.errors import UserError
+from recbole_mm.other_parameters import load_whole_state, whole_state
 from recbole_mm.stage import ONLY_STAGE
 from recbole_mm.trainer.checkpoint import (
     Checkpoint,
     check_items,
     has_checkpoint,
-    pack_other,
     random_state,
     read_checkpoint,
     set_random_state,
-    unpack_other,
     write_checkpoint,
 )
 from recbole_mm.trainer.evaluation import EvaluationMixin, Result, is_ranking_loader
@@ -97,9 +96,7 @@ class ZooMixin(EvaluationMixin):
         folder = self._folder("best")
         checkpoint = read_checkpoint(folder, self.device)
         check_items(checkpoint, self.items, folder)
-        weights, other = unpack_other(checkpoint.tensors)
-        self.model.load_state_dict(weights)
-        self.model.load_other_parameter(other)
+        load_whole_state(self.model, checkpoint.tensors)
         self.best_valid_score = checkpoint.state["best_valid_score"]
         self.logger.info(f"Loading model structure and parameters from {folder}")
 
@@ -134,7 +131,6 @@ class ZooMixin(EvaluationMixin):
         self.run.record(ONLY_STAGE, epochs=epoch + 1, seconds=round(self._seconds(), 2))
 
     def _write(self, name: str, epoch: int, optimizer: dict[str, Any] | None) -> None:
-        tensors = {**self.model.state_dict(), **pack_other(self.model.other_parameter())}
         state = {
             "stage": ONLY_STAGE,
             "epoch": epoch,
@@ -144,16 +140,16 @@ class ZooMixin(EvaluationMixin):
             else None,
             "best_valid_result": _floats(self.best_valid_result),
         }
-        checkpoint = Checkpoint(tensors, state, self.config.settings(), self.items, optimizer)
+        checkpoint = Checkpoint(
+            whole_state(self.model), state, self.config.settings(), self.items, optimizer
+        )
         write_checkpoint(self._folder(name), checkpoint)
 
     def _go_on(self) -> None:
         folder = self._folder("last")
         checkpoint = read_checkpoint(folder, self.device)
         check_items(checkpoint, self.items, folder)
-        weights, other = unpack_other(checkpoint.tensors)
-        self.model.load_state_dict(weights)
-        self.model.load_other_parameter(other)
+        load_whole_state(self.model, checkpoint.tensors)
         state, saved = checkpoint.state, checkpoint.optimizer or {}
         self.start_epoch, self.cur_step = state["epoch"] + 1, state["cur_step"]
         if state["best_valid_score"] is not None:

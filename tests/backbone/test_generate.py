@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,48 @@ def test_a_folder_with_another_file_writes_anew(tmp_path: Path, name: str) -> No
     assert identity() == before
     (tmp_path / name).write_text("{ }")
     assert identity() != before
+
+
+COMMITS = """
+import sys
+from pathlib import Path
+import torch
+from recbole_mm.backbone.generate import LazyBackbone
+from tests.backbone.shop import spec_of
+from recbole_mm.backbone.load import commit_of, load_backbone
+hub = Path(sys.argv[1])
+spec = spec_of(is_tiny=False, model="someone/tiny", dtype="float32")
+for commit in ("a" * 40, "b" * 40):
+    (hub / "refs" / "main").write_text(commit)
+    backbone = load_backbone(spec, [], [], 0)
+    text = LazyBackbone(spec, [], [], 0, torch.device("cpu")).identity
+    print(commit_of(spec), text, backbone.vision_log(hub).folder.name)
+(hub / "refs" / "main").unlink()
+print("none", LazyBackbone(spec, [], [], 0, torch.device("cpu")).identity, "none")
+"""
+
+
+def test_the_newest_revision_is_known_by_its_commit(saved_folder: Path, tmp_path: Path) -> None:
+    """`revision: ~` names another model once the hub's `main` has moved: kept texts and rows of
+    pictures are those of the commit that is loaded."""
+    hub = tmp_path / "models--someone--tiny"
+    (hub / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(saved_folder, hub / "snapshots" / commit)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMITS, str(hub)],
+        cwd=REPO,
+        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert [commit for commit, _, _ in found] == ["a" * 40, "b" * 40, "none"]
+    assert len({text for _, text, _ in found}) == 3
+    assert found[0][2] != found[1][2]
 
 
 def test_a_prompt_that_is_never_read_whole_is_refused(tmp_path: Path) -> None:

@@ -59,6 +59,16 @@ def test_a_file_of_descriptions_stands_above_the_column(mini: Path, in_folder: P
         assert words[item] == plain.prompts.writer._text(item, "description")
 
 
+def test_a_file_of_another_dataset_is_refused(mini: Path, in_folder: Path) -> None:
+    file = in_folder / "d.jsonl"
+    record = {"dataset": "others", "items": ["p0003"], "text": "round and red"}
+    file.write_text(json.dumps(record) + "\n")
+    with pytest.raises(
+        UserError, match=r"of the dataset others, not of mini: set description_file"
+    ):
+        shop_of(mini, in_folder, description_file=str(file), **DESCRIBED)
+
+
 def test_a_file_makes_up_for_a_column_that_is_not_there(mini: Path, in_folder: Path) -> None:
     file = in_folder / "d.jsonl"
     file.write_text(json.dumps({"items": ["p0003"], "text": "round and red"}) + "\n")

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from recbole_mm.backbone.batch import collate
-from recbole_mm.backbone.generate import Quoted, Request, Shown
+from recbole_mm.backbone.generate import Quoted, Request, Shown, write_prompt
 from recbole_mm.backbone.prompt import Prompt
 from recbole_mm.backbone.wording import Budgets, Wording
 from recbole_mm.backbone.yesno import find_answers
 from recbole_mm.config import MMConfig
+from recbole_mm.data.made_texts import write_texts
 from recbole_mm.data.sequences import group_by_user
 from recbole_mm.errors import UserError
 from recbole_mm.model.layers.sft_stage import Negatives, histories_of, newest_targets
@@ -60,7 +61,7 @@ def quoted(request: Request) -> list[str]:
     [
         ("title", ["one", "two", "three", "?"]),
         ("image", ["seen1.0", "two", "seen1.1", "?"]),
-        ("title_image", ["one. seen1.0", "two", "three. seen1.1", "?"]),
+        ("title_image", ["seen1.0", "two", "seen1.1", "?"]),
         ("text", ["said1.0", "said1.1", "said1.2", "?"]),
         ("fusion", ["said2.0", "said1.1", "said2.1", "?"]),
     ],
@@ -80,6 +81,32 @@ def test_descriptions(item_text: str, expected: list[str]) -> None:
     made.describe([1, 2, 3, 8])
     after = [sum(map(len, who.rounds)) for who in (made.seer, made.speaker)]
     assert before == after, "each is made once"
+
+
+def test_a_history_says_title_and_what_the_picture_shows() -> None:
+    """Each with a budget of its own, the title once where there is no picture."""
+    made = summaries("title_image")
+    made.prefer([(1, 2, 3)])
+    (request,) = made.speaker.rounds[-1]
+    assert quoted(request) == ["one", "seen1.0", "two", "three", "seen1.1"]
+    assert {part.max_tokens for part in request if isinstance(part, Quoted)} == {9}
+
+
+def test_a_picture_is_heard_of_behind_a_title_beyond_its_budget(mini: Path) -> None:
+    """In the tiny form, too, where budgets are a few tokens."""
+    asked = []
+    for item_text in ("title_image", "title"):
+        world = msr_world(mini, item_text=item_text, max_summary_tokens=2, brief=True)
+        summaries = world.model.summaries
+        summaries.titles = [f"{title} " * 9 for title in summaries.titles]
+        summaries.describe([1, 2, 3])
+        speaker = summaries.speaker
+        backbone = speaker.source.get()
+        images = speaker._images(backbone)
+        prompt = write_prompt(backbone, images, summaries.request((1, 2, 3), None))
+        asked.append(prompt.ids.tolist())
+    with_pictures, titles = asked
+    assert len(with_pictures) > len(titles)
 
 
 def test_preferences_go_block_by_block() -> None:
@@ -373,11 +400,36 @@ def test_texts_of_another_dataset_are_refused(mini: Path, tmp_path: Path) -> Non
     path = tmp_path / "other.jsonl"
     path.write_text('{"items": ["B0001"], "text": "A lamp."}\n')
     world = msr_world(mini, item_summary_file=str(path))
-    with pytest.raises(UserError, match="not one of its lines is about items of this dataset"):
+    with pytest.raises(
+        UserError, match=r"not one of its lines is about items of mini.* set item_s"
+    ):
         world.stages()[0].prepare(world.context(tmp_path))
     path.write_text('{"items": ["B0001"], "text": "A lamp."}\n{"item": 3}\n')
     with pytest.raises(UserError, match=r"other.jsonl, line 2: expected"):
         world.stages()[0].prepare(world.context(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["item_summary_file", "user_summary_file", "item_summary_from"])
+def test_texts_of_another_dataset_with_the_same_ids_are_refused(
+    mini: Path, tmp_path: Path, key: str
+) -> None:
+    """Numbers match in any two datasets: what a run leaves says whose texts they are."""
+    run = tmp_path / "run"
+    path = run / "item_summary" / "texts.jsonl" if key.endswith("from") else tmp_path / "o.jsonl"
+    tokens = msr_world(mini).model.item_tokens
+    write_texts(path, {(1,): "A lamp.", (2,): "A cup."}, tokens, "others")
+    world = msr_world(mini, **{key: str(run if key.endswith("from") else path)})
+    stage = world.stages()[key.startswith("user")]
+    told = rf"jsonl, line 1: it is of the dataset others, not of mini: set {key} to texts of mini\."
+    with pytest.raises(UserError, match=told):
+        stage.prepare(world.context(tmp_path / "mine"))
+    write_texts(path, {(1,): "A lamp.", (2,): "A cup."}, tokens, "mini")
+    given = stage.given(world.context(tmp_path / "mine"))
+    path.write_text(path.read_text().replace('"dataset": "mini", ', ""))
+    assert '"dataset"' not in path.read_text()
+    assert (
+        stage.given(world.context(tmp_path / "mine")) == given == {(1,): "A lamp.", (2,): "A cup."}
+    )
 
 
 def test_the_answers_are_found_behind_the_prompt(msr: MsrWorld) -> None:
@@ -397,3 +449,8 @@ def test_text_backbone_follows_the_rules_of_backbone() -> None:
     other = MMConfig("MLLMMSR", "nowhere", (), {"backbone": "tiny", "text_backbone": "qwen2-vl-2b"})
     assert other["text_backbone_spec"]["max_pixels"] == 28224
     assert tiny.hash() != other.hash()
+    small = MMConfig("MLLMMSR", "nowhere", (), {"quantize": "nf4"})
+    assert small["text_backbone_spec"]["quantize"] == small["quantize"] == "nf4"
+    assert config["text_backbone_spec"]["quantize"] == "none"
+    mixed = MMConfig("MLLMMSR", "nowhere", (), {"quantize": "nf4", "text_backbone": "tiny"})
+    assert mixed["text_backbone_spec"]["quantize"] == "none"  # which has no bits to save

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from recbole_mm.errors import UserError
+from tests.backbone.families import family_backbone
 from tests.model.msr_world import MsrWorld, msr_world
 
 LANGUAGE = "backbone.model.model.language_model.layers."
@@ -34,7 +37,8 @@ def adapted(mini: Path, folder: Path, cache: Path, **changes: Any) -> MsrWorld:
 def test_adapters_on_the_language_model_alone_are_trained_and_kept(
     mini: Path, folder: Path, tmp_path: Path, quantize: str
 ) -> None:
-    world = adapted(mini, folder, tmp_path, quantize=quantize)
+    world = adapted(mini, folder, tmp_path, quantize=quantize, text_backbone=str(folder))
+    assert world.model.summaries.speaker.source.spec.quantize == quantize
     scorer = world.model.scorer
     assert scorer.backbone.family.placeholder == "<image>"
     assert not scorer.backbone.trains_vision
@@ -42,6 +46,10 @@ def test_adapters_on_the_language_model_alone_are_trained_and_kept(
     stages = world.stages()
     for stage in stages:
         stage.prepare(context)
+        if stage.name == "user_summary":  # made by weights of as many bits
+            kinds = {type(m).__name__ for m in world.model.summaries.speaker.source.get().modules()}
+            assert ("Linear4bit" in kinds) == (quantize == "nf4")
+            assert all(world.model.summaries.preferences.values())
     assert list(tmp_path.glob("vision-*")), "pictures are encoded once, before training"
     sft = stages[2]
     torch.manual_seed(0)
@@ -63,7 +71,7 @@ def test_adapters_on_the_language_model_alone_are_trained_and_kept(
         return of.model.candidate_scores(of.rows()[:3], items)
 
     expected = scores(world)
-    fresh = adapted(mini, folder, tmp_path, quantize=quantize)
+    fresh = adapted(mini, folder, tmp_path, quantize=quantize, text_backbone=str(folder))
     fresh.model.summaries.preferences |= world.model.summaries.preferences
     assert (scores(fresh) - expected).abs().max() > 1e-2
     fresh.stages()[2].load_state(load_file(tmp_path / "model.safetensors"))
@@ -87,3 +95,47 @@ def test_a_dataset_without_pictures(mini: Path, tmp_path: Path) -> None:
     sft = world.stages()[2]
     sft.loss(sft.plan(0)[0]).backward()
     assert model.full_sort_predict(world.rows()[:2])[:, 1:].isfinite().all()
+
+
+def test_a_broken_picture_is_none(mini: Path, tmp_path: Path) -> None:
+    """Its item is described by its words and shown as none; others are as before."""
+    shop = tmp_path / "mini"
+    shutil.copytree(mini / "mini", shop)
+    plain = msr_world(mini, item_text="image")
+    broken, other = 3, 5
+    path = plain.model.scorer.images._source(broken)
+    assert path is not None
+    here = shop / path.relative_to((mini / "mini").resolve())
+    here.write_bytes(path.read_bytes()[:-200])  # its header is whole
+    world = msr_world(tmp_path, item_text="image")
+    model = world.model
+    world.stages()[0].prepare(world.context(tmp_path))
+    plain.stages()[0].prepare(plain.context(tmp_path / "plain"))
+    summaries = model.summaries
+    assert summaries.descriptions[broken] == summaries.titles[broken]
+    assert plain.model.summaries.descriptions[broken] != summaries.titles[broken]
+    assert summaries.descriptions[other] == plain.model.summaries.descriptions[other]
+    about = world.stages()[0].finish(world.context(tmp_path))
+    assert about["without_picture"] == 1
+    prompt = model.prompt((1, 2), broken)
+    assert not prompt.slots
+    assert "Its picture: none" in model.scorer.backbone.tokenizer.decode(prompt.ids)
+
+
+def test_a_text_backbone_without_a_chat_template_is_told_at_once(
+    mini: Path, tmp_path: Path
+) -> None:
+    """Its weights are not even there: nothing but its tokenizer is read."""
+    chat: Any = family_backbone("chat_lm")
+    chat.tokenizer.save_pretrained(tmp_path)
+    chat.model.config.save_pretrained(tmp_path)
+    for file in tmp_path.glob("chat_template*"):
+        file.unlink()
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        UserError, match=rf"^The tokenizer of {tmp_path} has no chat template: take"
+    ):
+        msr_world(mini, text_backbone=str(tmp_path))
+    assert msr_world(mini, text_backbone=str(tmp_path), pref_mode="none")  # which needs none

@@ -288,6 +288,21 @@ def test_item_features_leave_the_candidates_alone(in_folder: Path) -> None:
     assert sizes == {869}
 
 
+def test_pop_counts_what_was_taken_in_training(in_folder: Path) -> None:
+    """Each interaction once, whatever batch it is in, and no negative."""
+    config, (train, _, test) = toy_data(in_folder, "Pop", [6] * 8)
+    model = zoo.Pop(config, train.dataset)
+    for batch in train:
+        assert {0.0, 1.0} == {*batch["label"].tolist()}, "there are negatives among them"
+        model.calculate_loss(batch)
+    rows = train.dataset.inter_feat["item_id"].numpy()
+    expected = np.bincount(rows, minlength=model.n_items)
+    assert expected.max() > len(train), "some item stands several times in a batch"
+    assert model.item_cnt[:, 0].tolist() == expected.tolist()
+    scores = model.full_sort_predict(test.dataset.inter_feat[:2]).view(2, -1)
+    np.testing.assert_allclose(scores[1], expected / expected.max())
+
+
 def test_random_is_the_same_each_time_and_no_one_is_like_another(in_folder: Path) -> None:
     config, (train, _, test) = toy_data(in_folder, "Random", [6] * 8)
     model = zoo.Random(config, train.dataset)

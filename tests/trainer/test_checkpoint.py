@@ -12,6 +12,7 @@ import scipy.sparse as sp
 import torch
 
 from recbole_mm.errors import UserError
+from recbole_mm.other_parameters import pack_other, unpack_other
 from recbole_mm.trainer import checkpoint as ck
 
 
@@ -107,14 +108,14 @@ def test_other_parameters_survive() -> None:
         "module": torch.nn.Linear(1, 1),
         "no": None,
     }
-    weights, other = ck.unpack_other({"x": torch.zeros(1), **ck.pack_other(given)})
+    weights, other = unpack_other({"x": torch.zeros(1), **pack_other(given)})
     assert set(weights) == {"x"}
     assert set(other) == {"w", "dense", "t"}
     assert isinstance(other["w"], sp.csr_matrix)
     assert (other["w"] != matrix).nnz == 0
     np.testing.assert_array_equal(other["dense"], np.eye(2))
     with pytest.raises(TypeError, match="without pickle"):
-        ck.pack_other({"f": lambda: None})
+        pack_other({"f": lambda: None})
 
 
 def test_random_state_brings_every_generator_back() -> None:

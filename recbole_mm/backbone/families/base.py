@@ -72,6 +72,7 @@ class Family(ABC):
         axes: axes of the rotary position embedding.
         frozen_parts: paths of the modules that LoRA and quantisation leave alone.
         sees: whether it takes pictures at all.
+        asks_template: whether the tokenizer's own chat template writes its turns.
         special_tokens: those of the tokenizer of the tiny form, in their order.
         special_roles: which of them begins a text, ends one and pads, by the tokenizer's own words.
     """
@@ -82,6 +83,7 @@ class Family(ABC):
     axes: ClassVar[int] = 1
     frozen_parts: ClassVar[tuple[str, ...]] = ("lm_head",)
     sees: ClassVar[bool] = False
+    asks_template: ClassVar[bool] = False
     special_tokens: ClassVar[tuple[str, ...]] = ()
     special_roles: ClassVar[Mapping[str, str]] = {}
 

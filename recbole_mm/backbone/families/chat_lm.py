@@ -20,6 +20,7 @@ class ChatLM(CausalLM):
     """
 
     chat_head, chat_tail = "user\n", "assistant\n"  # words that the tiny tokenizer is to know
+    asks_template = True
     special_tokens = ("<|begin_of_text|>", "<|start_of_turn|>", "<|end_of_turn|>", "<|pad|>")
     special_roles: ClassVar[Mapping[str, str]] = {
         "bos_token": "<|begin_of_text|>",
@@ -35,11 +36,17 @@ class ChatLM(CausalLM):
 
     def __init__(self, tokenizer: Any, config: Any, pictures: PictureSettings) -> None:
         super().__init__(tokenizer, config, pictures)
-        if tokenizer.chat_template is None:
-            raise UserError(
-                "The backbone's tokenizer has no chat template: take a model that was trained to "
-                "chat, or set `family: causal_lm` in its YAML, which writes the turn in words."
-            )
+        self.check(tokenizer)
         said = [{"role": "user", "content": _WORDS}]
         whole = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         self.chat_head, self.chat_tail = whole.split(_WORDS)
+
+    @staticmethod
+    def check(tokenizer: Any) -> None:
+        """Raises `UserError` for a tokenizer that does not say how a turn is written."""
+        if tokenizer.chat_template is None:
+            raise UserError(
+                f"The tokenizer of {tokenizer.name_or_path or 'the backbone'} has no chat "
+                "template: take a model that was trained to chat, or set `family: causal_lm` in "
+                "its YAML, which writes the turn in words."
+            )

@@ -56,7 +56,8 @@ def descriptions_of(
         return None
     told = dict(texts.get("description", {}))
     if path:
-        read = read_texts(Path(path), content.item_tokens)
+        name = config["dataset"]
+        read = read_texts(Path(path), content.item_tokens, name, "description_file")
         told |= {items[0]: text for items, text in read.items() if len(items) == 1}
     if share:
         told = {n: with_noise(text, share, (config["seed"], n)) for n, text in told.items()}

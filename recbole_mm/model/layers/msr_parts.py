@@ -49,6 +49,9 @@ def build(config: Any, content: ItemContent, device: torch.device) -> Parts:
     titles = _titles(config, content)
     texts, fixed = sorted({*filter(None, titles)}), fixed_text(words, answers)
     seed: int = config["seed"]
+    speaker = LazyBackbone(text_spec, texts, fixed, seed, device)
+    if settings.pref_mode != "none":
+        speaker.check()
     backbone = load_backbone(spec, texts, fixed, seed).to(device)
     images = _images(backbone, content, config)
     scorer = YesNoScorer(
@@ -60,13 +63,14 @@ def build(config: Any, content: ItemContent, device: torch.device) -> Parts:
     questions.check(config["history_len"], config["pref_mode"])
     seer = LazyBackbone(spec, texts, fixed, seed, device)
     seer.lend(backbone)
-    speaker = LazyBackbone(text_spec, texts, fixed, seed, device)
+    pictures = ImageStore(content)
     summaries = Summaries(
         settings,
         titles,
         [item for item in range(1, len(titles)) if _has_picture(content, item)],
         _writer(seer, config["item_summary_tokens"], config, content),
         _writer(speaker, config["user_summary_tokens"], config, content),
+        lambda item: pictures.get(item) is not None,
     )
     return Parts(scorer, summaries, questions)
 

@@ -175,6 +175,25 @@ def top_candidates(scores: Tensor, k: int, seen: Tensor | None = None) -> Tensor
     return free.topk(k, dim=1).indices
 
 
+def rows_moved(targets: Tensor, scores: Tensor, candidates: Tensor, seen: Tensor | None) -> Tensor:
+    """Rows whose target may change its place when candidates are ranked anew. Shape: (n,).
+
+    Those whose target is a candidate, is worth as much as one, or may be passed by them.
+
+    Args:
+        targets: an item id a row. Shape: (B,).
+        scores: of all items. Shape: (B, V).
+        candidates: shape (B, K).
+        seen: items that are no candidates, 0 for none: those may be passed. Shape: (B, L).
+    """
+    targets = targets.to(candidates.device)[:, None]
+    worst = scores.gather(1, candidates).amin(dim=1, keepdim=True)  # (B, 1)
+    moved = (scores.gather(1, targets) >= worst)[:, 0]
+    if seen is not None:
+        moved |= (seen.to(candidates.device) == targets).any(dim=1)
+    return moved.nonzero()[:, 0]
+
+
 def lift(scores: Tensor, candidates: Tensor, ranking: Tensor) -> Tensor:
     """Scores whose head is the candidates in the ranker's order and whose tail is unchanged.
 

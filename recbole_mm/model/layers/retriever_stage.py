@@ -61,6 +61,7 @@ class RetrieverStage(Stage):
         self, name: str, model: Any, settings: StageSettings, how: TrainingRows, train_dataset: Any
     ) -> None:
         super().__init__(name, model, settings)
+        self.of_model = type(model).__name__
         self.model, self.how = model, how
         self.rows: WholeRows | Interaction = train_dataset.inter_feat
         if how.mode == "whole":

@@ -105,13 +105,14 @@ class MakingStage(Stage):
         run, file = self.settings.weights_from, self.model.text_files[self.name]
         own = context.run_dir / self.name / TEXTS
         files = [
-            *([Path(run) / self.name / TEXTS] if run else []),
-            *([Path(file)] if file else []),
-            *([own] if own.is_file() else []),
+            *([("from", Path(run) / self.name / TEXTS)] if run else []),
+            *([("file", Path(file))] if file else []),
+            *([("from", own)] if own.is_file() else []),
         ]
+        tokens, dataset = self.model.item_tokens, self.model.dataset_name
         found: dict[tuple[int, ...], str] = {}
-        for path in files:
-            found |= read_texts(path, self.model.item_tokens)
+        for kind, path in files:
+            found |= read_texts(path, tokens, dataset, f"{self.name}_{kind}")
         return found
 
     def made(self) -> dict[tuple[int, ...], str]:
@@ -122,7 +123,8 @@ class MakingStage(Stage):
         """Leaves the texts in the run's folder."""
         made = self.made()
         if made:
-            write_texts(context.run_dir / self.name / TEXTS, made, self.model.item_tokens)
+            path = context.run_dir / self.name / TEXTS
+            write_texts(path, made, self.model.item_tokens, self.model.dataset_name)
         self.summaries.release()
         return about(self.summaries)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +52,12 @@ class Summaries:
         pictured: items that have a picture.
         seer: a model that sees, for pictures.
         speaker: a model that reads, for everything else.
+        readable: whether an item's picture can be read; asked before it is described.
 
     Attributes:
-        descriptions: by item id; to be filled by `describe`, or from elsewhere.
+        pictured: items that have a picture, as far as is known.
+        descriptions: by item id; to be filled by `describe`, or from elsewhere. With
+            ``title_image`` what the picture shows, without the title, which stands before it.
         preferences: by history.
     """
 
@@ -65,8 +68,10 @@ class Summaries:
         pictured: Iterable[int],
         seer: TextWriter,
         speaker: TextWriter,
+        readable: Callable[[int], bool] = lambda item: True,
     ) -> None:
-        self.settings, self.titles, self.pictured = settings, titles, frozenset(pictured)
+        self.settings, self.titles, self.pictured = settings, titles, {*pictured}
+        self._readable = readable
         self.seer, self.speaker = seer, speaker
         self.descriptions: dict[int, str] = {}
         self.preferences: dict[Ids, str] = {}
@@ -83,20 +88,23 @@ class Summaries:
         new = [item for item in items if item not in self.descriptions]
         seen: dict[int, str] = {}
         if self.settings.sees:
-            shown = [item for item in new if item in self.pictured]
+            shown = self._shown(new)
             asked = [wording.of_picture(words, item) for item in shown]
             seen = dict(zip(shown, self.seer.texts(asked, "Pictures", show_progress), strict=True))
         if how in ("title", "title_image", "image"):
-            found = {item: self._beside(item, seen.get(item)) for item in new}
+            found = {item: seen.get(item) or self._title(item) for item in new}
         else:
             found = self._summed_up(new, seen, show_progress)
         self.descriptions.update(found)
 
-    def _beside(self, item: int, seen: str | None) -> str:
-        title = self.titles[item] or "?"
-        if not seen:
-            return title
-        return seen if self.settings.item_text == "image" else f"{title}. {seen}"
+    def _shown(self, items: Iterable[int]) -> list[int]:
+        """Those that have a picture; one that cannot be read is none."""
+        shown = [item for item in items if item in self.pictured]
+        self.pictured -= {item for item in shown if not self._readable(item)}
+        return [item for item in shown if item in self.pictured]
+
+    def _title(self, item: int) -> str:
+        return self.titles[item] or "?"
 
     def _summed_up(
         self, items: Sequence[int], seen: Mapping[int, str], show_progress: bool
@@ -136,15 +144,21 @@ class Summaries:
 
     def request(self, block: Ids, before: str | None) -> Request:
         """What is asked about one block."""
-        texts = [self.descriptions[item] for item in block]
+        said = [self.said_of(item) for item in block]
         settings = self.settings
-        return wording.of_history(settings.words, texts, before, settings.budgets)
+        return wording.of_history(settings.words, said, before, settings.budgets)
+
+    def said_of(self, item: int) -> tuple[str, ...]:
+        """What a history says of an item, in parts: none is cut to make room for another."""
+        title, description = self._title(item), self.descriptions[item]
+        beside = self.settings.item_text == "title_image" and description != title
+        return (title, description) if beside else (description,)
 
     def user_part(self, history: Ids) -> Request:
         """What a question says of a user; makes a preference that is not there yet."""
         settings = self.settings
         if settings.pref_mode == "none":
-            titles = [self.titles[item] or "?" for item in history]
+            titles = [self._title(item) for item in history]
             return wording.titles_part(settings.words, titles, settings.budgets)
         if history not in self.preferences:
             self.prefer([history])
