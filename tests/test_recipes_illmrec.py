@@ -51,6 +51,17 @@ def test_a_recipe_runs_by_one_command(
         assert result["stages"]["cf"]["stopped"] == "given"
 
 
+def test_all_recipes_train_one_cf_model() -> None:
+    """So that `--cf_from` may give one run's to all of them."""
+    network = ("cf", "hidden_size", "n_layers", "n_heads", "inner_size", "hidden_dropout_prob")
+    rows = ("dataset", "attn_dropout_prob", "train_mode", "train_batch_size", "eval_candidates")
+    read = [read_yaml(PAPER / f"{name}.yaml") for name in RECIPES]
+    told = [{key: recipe[key] for key in (*network, *rows)} for recipe in read]
+    assert all(keys == told[0] for keys in told)
+    varied = {key for recipe in read for keys in recipe["variants"].values() for key in keys or {}}
+    assert not varied & {*network, *rows}
+
+
 def test_there_is_a_recipe_for_each_table_of_the_model() -> None:
     assert {name.split("_")[1] for name in RECIPES} == {
         *(f"table{n}" for n in (1, 2, 3, 4, 6, 7)),

@@ -66,6 +66,8 @@ class HistoryWriter:
         self.encoder, self.style, self._end = encoder, style, end
         self._text, self._has_vector = text, has_vector
         self._lines: dict[int, Prompt] = {}
+        self._values: dict[tuple[str, str], list[int]] = {}
+        self._pieces: dict[str, Prompt] = {}
         self._opening = self._trusted(f"{begin}{style.task}\n")
         self._between = self._trusted(", ")
         asking = self._trusted(f"\n{style.recommend} ")
@@ -127,9 +129,13 @@ class HistoryWriter:
         return asked + len(self._trusted(lead)) + self.style.max_tokens[name] + 1
 
     def value(self, item: int, name: str) -> list[int]:
-        """Tokens of an item's property; none where there is none."""
+        """Tokens of an item's property, kept by what it says; none where there is none."""
         text = self._text(item, name)
-        return self.encoder.words(text, self.style.max_tokens[name]) if text else []
+        if not text:
+            return []
+        if (name, text) not in self._values:
+            self._values[name, text] = self.encoder.words(text, self.style.max_tokens[name])
+        return self._values[name, text]
 
     def _fields(self, item: int) -> list[str]:
         """Those of the line; words in place of a slot without a vector."""
@@ -146,4 +152,6 @@ class HistoryWriter:
         return [self._trusted(f"{LABELS[field]}:"), text_piece(ids, 1)]
 
     def _trusted(self, text: str) -> Prompt:
-        return text_piece(self.encoder.trusted(text), 1)
+        if text not in self._pieces:
+            self._pieces[text] = text_piece(self.encoder.trusted(text), 1)
+        return self._pieces[text]
