@@ -130,7 +130,7 @@ class StagedTrainer(EvaluationMixin):
     def _check_given(self) -> None:
         """Weights of other runs that do not fit are told before any stage is trained."""
         for stage in self.stages:
-            if stage.settings.weights_from and self._is_to_train(stage):
+            if stage.trains and stage.settings.weights_from and self._is_to_train(stage):
                 folder, checkpoint = given_weights(stage, self.config, self.items)
                 with unfit(stage, folder):
                     stage.check_state(checkpoint.tensors)
