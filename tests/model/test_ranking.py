@@ -24,6 +24,7 @@ from recbole_mm.model.layers.ranking import (
     lift,
     ndcg,
     prefix_samples,
+    rows_moved,
     top_candidates,
 )
 
@@ -350,3 +351,12 @@ def test_ndcg_by_hand() -> None:
     expected = (1 + 1 / np.log2(4) + 1 / np.log2(3)) / 3
     assert ndcg(ranking, target) == pytest.approx(expected)
     assert ndcg(ranking, target, k=2) == pytest.approx((1 + 0 + 1 / np.log2(3)) / 3)
+
+
+def test_a_target_is_moved_by_its_own_list_by_a_tie_or_from_a_history_that_is_passed() -> None:
+    scores = torch.tensor([[0.0, 3.0, 2.0, 2.0, 1.0]]).expand(5, 5)
+    candidates = torch.tensor([[1, 2]]).expand(5, 2)
+    targets = torch.tensor([1, 2, 3, 4, 4])  # first, last, tied with the last, below, below
+    assert rows_moved(targets, scores, candidates, None).tolist() == [0, 1, 2]
+    seen = torch.tensor([[0], [0], [0], [0], [4]])
+    assert rows_moved(targets, scores, candidates, seen).tolist() == [0, 1, 2, 4]
