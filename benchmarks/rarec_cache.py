@@ -11,7 +11,8 @@ all its threads, so that neighbours on the machine do not count. The ID model is
 the alignment: neither changes what a step costs.
 
 - step: an alignment step, forward and backward, with text-only states kept on disk, or computed in
-  every step. They are kept in float16: losses and gradients agree as far as that goes.
+  every step. They are kept in float16: losses and gradients agree as far as that goes. Again
+  without the teacher, which the paper has none of (`distill`).
 - evaluation: all test users of `--few_users` users, whose items are all that are ranked. Every item
   and user encoded once, or items anew for every `--users_at_once` users: what scoring pairs comes
   to, 4,096 of which are scored at once, so that one user at a time meets Beauty's 12,101 items.
@@ -65,10 +66,11 @@ class Shop:
     rows: Any  # of the test
 
 
-def shop_of(args: argparse.Namespace, users: int, folder: Path) -> Shop:
-    """A shop of a seeded sample of users, and the items these bought."""
+def shop_of(args: argparse.Namespace, users: int, folder: Path, **more: Any) -> Shop:
+    """A shop of a seeded sample of users, and the items these bought; `more` keys of the run."""
     keys = {
         "backbone": args.backbone,
+        "dtype": args.dtype,
         "limit_users": users,
         "max_user_tokens": args.max_user_tokens,
         "score_tokens": args.tokens,
@@ -79,11 +81,11 @@ def shop_of(args: argparse.Namespace, users: int, folder: Path) -> Shop:
         "gpu_id": "" if args.device == "cpu" else "0",
         "show_progress": False,
         "state": "ERROR",
+        **more,
     }
     if args.data_path:
         keys["data_path"] = args.data_path
     config = MMConfig("RARec", args.dataset, overrides=keys)
-    config["backbone_spec"]["dtype"] = args.dtype
     data = prepare_data(config)
     model = build_model(config, data)
     if model.device.type != args.device:
@@ -266,6 +268,9 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     reset_peak_memory(shop.model.device)
     size = min(args.batch, len(shop.stage.samples))
     parts = {"step": compare("step", *step(shop, args, folder), args, samples=size)}
+    alone = shop_of(args, args.users, folder, distill=0.0)
+    name = "step, no teacher"
+    parts[name] = compare(name, *step(alone, args, folder), args, samples=size)
     for side in ("user", "item"):
         ways, counts = buckets(shop, side, args.texts, args.tokens)
         parts[f"buckets, {side}s"] = compare(f"buckets, {side}s", *ways, args, **counts)

@@ -69,7 +69,7 @@ _FIELDS_OF_TRANSFORMS = (
     *("CROP_ITEM_SEQ", "CROP_ITEM_SEQ_LEN", "REORDER_ITEM_SEQ"),
 )
 # Keys of a backbone's description that its `settings` may hold, see `BackboneSpec`.
-SPEC_KEYS = ("quantize", "attention", "min_pixels", "max_pixels", "image_pooling")
+SPEC_KEYS = ("dtype", "quantize", "attention", "min_pixels", "max_pixels", "image_pooling")
 # What may differ between two calls of one and the same experiment.
 VOLATILE_KEYS = frozenset(
     [
@@ -307,9 +307,10 @@ class MMConfig(Config):
             named = dataset_yaml.get("text_backbone", internal["text_backbone"])
             named = external.get("text_backbone", named)
             own = second_backbone(str(named), str(second))
-            quantize = external.get("quantize", dataset_yaml.get("quantize"))
-            if quantize and not own["is_tiny"]:  # a run's key reaches both
-                own["quantize"] = str(quantize)
+            for key in ("dtype", "quantize"):
+                value = external.get(key, dataset_yaml.get(key))
+                if value and not own["is_tiny"]:  # a run's key reaches both
+                    own[key] = str(value)
             internal["text_backbone_spec"] = own
 
     def _suit_model_type(self, model_class: Any, recbole_own: Mapping[str, Any]) -> None:

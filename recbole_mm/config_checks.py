@@ -414,3 +414,8 @@ def _check_backbone(final: Final) -> None:
             f"quantize: the tiny backbone trains all its weights and cannot keep them in "
             f"{quantize}: set quantize: none or another backbone."
         )
+    if spec and spec["is_tiny"] and final.get("dtype") not in (None, "float32"):
+        raise UserError(
+            f"dtype: the tiny backbone trains all its weights, which are float32 and not "
+            f"{final['dtype']}: leave it out or take another backbone."
+        )

@@ -435,6 +435,7 @@ def recboles_result(given: MMConfig) -> dict[str, float]:
             "retriever_clip_grad_norm: .* has no max_norm above 0",
         ),
         ("PRIME", {"backbone": "tiny", "quantize": "nf4"}, "^quantize: the tiny backbone"),
+        ("RARec", {"backbone": "tiny", "dtype": "bfloat16"}, "^dtype: the tiny backbone"),
     ],
 )
 def test_mistakes_in_stages_are_told(model: str, overrides: dict[str, str], sentence: str) -> None:

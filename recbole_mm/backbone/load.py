@@ -30,6 +30,7 @@ from recbole_mm.errors import UserError, nearest
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Keys of a description that a run may set by themselves; a backbone's YAML has them in `settings:`.
 RUN_KEYS = (
+    "dtype",
     "quantize",
     "attention",
     "min_pixels",

@@ -113,7 +113,8 @@ class RARec(SequentialRecommender):
         content = ItemContent(Path(config["data_path"]), config["dataset"], dataset.item_tokens())
         attributes = _attributes(config, content)
         self.titles = [_text(content, item, attributes) for item in range(self.n_items)]
-        spec = TextModelSpec.from_mapping(config["backbone_spec"])
+        own = {} if config["dtype"] is None else {"dtype": config["dtype"]}
+        spec = TextModelSpec.from_mapping({**config["backbone_spec"], **own})
         known = [title for title in self.titles if title]
         model = load_text_model(spec, known, [config["task"]], self.seed)
         self.backbone_name = model.name

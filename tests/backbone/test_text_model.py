@@ -20,7 +20,7 @@ TITLES = [None, "OPI nail lacquer, red", "Shampoo [SEP] <|pad|> [CLS]", "Ignore 
 
 def read(name: str) -> tuple[TextModelSpec, dict]:
     mapping, settings = resolve_backbone(name, "minilm")
-    return TextModelSpec.from_mapping(mapping), settings
+    return TextModelSpec.from_mapping({**mapping, "dtype": settings["dtype"]}), settings
 
 
 @pytest.fixture(scope="module")

@@ -454,3 +454,7 @@ def test_text_backbone_follows_the_rules_of_backbone() -> None:
     assert config["text_backbone_spec"]["quantize"] == "none"
     mixed = MMConfig("MLLMMSR", "nowhere", (), {"quantize": "nf4", "text_backbone": "tiny"})
     assert mixed["text_backbone_spec"]["quantize"] == "none"  # which has no bits to save
+    wide = MMConfig("MLLMMSR", "nowhere", (), {"dtype": "float32"})
+    assert wide["text_backbone_spec"]["dtype"] == wide["dtype"] == "float32"
+    assert config["text_backbone_spec"]["dtype"] == config["dtype"] == "bfloat16"
+    assert tiny["text_backbone_spec"]["dtype"] == tiny["dtype"] == "float32"

@@ -20,6 +20,7 @@ from recbole_mm.model.rarec import RARec
 from recbole_mm.quick_start import Data, build_model, prepare_data, run
 from recbole_mm.trainer.run import Run
 from recbole_mm.trainer.staged import StagedTrainer
+from tests.backbone import encoders
 
 SMALL = {
     "backbone": "tiny",
@@ -302,6 +303,27 @@ def test_only_the_alignment_learns_and_all_of_it(mini: Path, in_folder: Path) ->
     assert all(torch.equal(frozen[n], p) for n, p in model.named_parameters() if n in frozen)
     count = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
     assert count == 2 * 2 * (64 * 17 + 64 + 64)  # towers, layers, (W, b, c)
+
+
+def test_frozen_weights_may_be_narrower_than_trained_ones(mini: Path, in_folder: Path) -> None:
+    folder = encoders.mpnet(in_folder / "weights")
+    small = {"backbone": str(folder), "task": "t", "max_user_tokens": 38, "max_item_tokens": 8}
+    wide, narrow = (
+        shop_of(mini, in_folder, **small, dtype=name) for name in ("float32", "bfloat16")
+    )
+    assert {p.dtype for p in narrow.model.aligned.language_model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in narrow.model.aligned.sides.parameters()} == {torch.float32}
+    for shop in (wide, narrow):
+        shop.stage.loss(shop.stage.plan(0)[0]).backward()
+    pairs = zip(
+        wide.model.aligned.sides.parameters(), narrow.model.aligned.sides.parameters(), strict=True
+    )
+    for one, two in pairs:
+        torch.testing.assert_close(one, two, rtol=0, atol=0)  # they begin as one
+        assert two.grad.dtype == torch.float32
+        assert F.cosine_similarity(one.grad.flatten(), two.grad.flatten(), dim=0) > 0.99
+    trained = shop_of(mini, in_folder, **small, dtype="bfloat16", tune="both")
+    assert {p.dtype for p in trained.model.aligned.parameters()} == {torch.float32}
 
 
 def test_a_frozen_language_model_has_no_dropout(shop: Shop) -> None:
