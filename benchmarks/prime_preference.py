@@ -8,7 +8,7 @@ alone, and with cross entropy alone (`none`): the same steps, learning rate and 
 the best validation decides, that of the start included, as ever. Where the start stays the best,
 test results are all alike: so the validation after the last step is compared too, on all users.
 Means over seeds, their standard errors and the differences to `none` of the same seed go to
-benchmarks/results/.
+benchmarks/results/, with a paired bootstrap over the test's users.
 
 Results are kept in DIR, one a run: a killed benchmark goes on where it was. `--part 0/2` and
 `--part 1/2` share the runs; start the second when the first has its retrievers and rankers.
@@ -19,10 +19,15 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from runs import ROOT, run, spread
+
+sys.path.insert(0, str(ROOT))
+
+from recbole_mm.report.places import compare_sides, side
 
 RESULTS = ROOT / "benchmarks" / "results" / "prime_preference.json"
 METRICS = ("recall@10", "ndcg@10")
@@ -53,11 +58,24 @@ def summary(work: Path, seeds: list[str], runs: list[tuple[str, str]]) -> list[d
             gaps = [one[part][metric] - none[part][metric] for one, none in pairs.values() if none]
             row[f"{part} {metric}"] = spread(values)
             row[f"{part} {metric} - none"] = spread(gaps)
+        row |= {f"test {m} - none, 95 % of users": over_users(work, pairs, m) for m in METRICS}
         stages = [one["stages"]["preference"] for one, _ in pairs.values()]
         for key in ("ranker_calls", "best_step", "retrieval_rate"):
             row[key] = [stage[key] for stage in stages]
         rows.append(row)
     return rows
+
+
+def over_users(work: Path, pairs: dict[str, Any], metric: str) -> list[float]:
+    """From where to where the test's difference to `none` may lie: users drawn again."""
+    both = [(one, none) for one, none in pairs.values() if none]
+    if not both:
+        return []
+    of_runs = [
+        side([str(work / r["run_dir"]) for r in runs], metric) for runs in zip(*both, strict=True)
+    ]
+    found = compare_sides(of_runs[0], of_runs[1])
+    return [round(found.low, 6), round(found.high, 6)]
 
 
 def read(work: Path, seed: str, labeler: str, beta: str) -> dict[str, Any] | None:
@@ -87,7 +105,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    seeds, runs = args.seeds.split(","), variants(args.betas.split(","), args.controls.split(","))
+    betas, controls = (list(filter(None, text.split(","))) for text in (args.betas, args.controls))
+    seeds, runs = args.seeds.split(","), variants(betas, controls)
     more = dict(flag.split("=", 1) for flag in args.flags)
     common = {"dataset": args.dataset, "show_progress": "False"}
     mine, parts = map(int, args.part.split("/"))
