@@ -13,7 +13,8 @@ ratios go to benchmarks/results/prime_ranker.json.
 - pictures: features of the frozen tower read from the cache, or every picture encoded anew.
 - head: the K letters' rows of the head at the answer, or the whole vocabulary at every token.
 - batches: prompts of like length together, or as they come; four times as many, eight a batch.
-- forks: two candidate sets behind one history of 25 items, or a prompt for each.
+- at once: four times as many prompts in passes of `--few_tokens` padded tokens, or of `--most_tokens`.
+- forks: two candidate sets behind one history, or a prompt for each, over the history's length.
 - rates: prompts a second, against the floor of a matrix product and, with `--nf4`, in 4 bits.
 - generation (the paper's figure 7): one forward pass and K letters, or a list of the K candidates
   generated token by token, as ids or as titles.
@@ -39,11 +40,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from recbole_mm.backbone import ranker as ranker_module
 from recbole_mm.backbone.batch import collate
 from recbole_mm.backbone.families.qwen import Qwen2VL
 from recbole_mm.backbone.load import Backbone, BackboneSpec, load_backbone
 from recbole_mm.backbone.prompt import PromptStyle, PromptWriter
-from recbole_mm.backbone.ranker import LetterRanker, worth_sharing
+from recbole_mm.backbone.ranker import LetterRanker
 from recbole_mm.backbone.tiny import TinySizes, build, train_tokenizer
 from recbole_mm.backbone.verbalizer import Verbalizer
 from recbole_mm.backbone.vision import ItemImages
@@ -54,7 +56,7 @@ SIZES = {
     "scaled": TinySizes(6300, 256, 1536, 7, 4, 2, 8, 192, 4, 4),
     "real": TinySizes(151_936, 1536, 8960, 28, 12, 2, 32, 1280, 16, 4),
 }
-K, HISTORY, LONGEST = 25, 10, 25
+K, HISTORY, SHARED = 25, 10, (5, 10, 25)
 WORDS = 2000
 STYLE = PromptStyle(
     "Below are a user's browsing history, oldest first, and candidate items, one a line in JSON. "
@@ -221,12 +223,28 @@ def as_they_come(ranker: LetterRanker, q: Questions, rows: int) -> torch.Tensor:
     return torch.cat([ranker._letters(part, K).log_softmax(1).cpu() for part in parts])
 
 
+def in_passes(ranker: LetterRanker, q: Questions, tokens: int) -> torch.Tensor:
+    """Scores in passes of so many padded tokens."""
+    usual, ranker.max_tokens = ranker.max_tokens, tokens
+    scores = ranker.log_probs(q.histories, q.candidates)
+    ranker.max_tokens = usual
+    return scores
+
+
 def shared(ranker: LetterRanker, q: Questions) -> torch.Tensor:
-    """Histories that are too short are read again for each set: nothing would be compared."""
+    """However short histories are, they are read once."""
+    usual, ranker_module._WORTH_SHARING = ranker_module._WORTH_SHARING, 0.0
+    scores = ranker.set_log_probs(q.histories, q.sets)
+    ranker_module._WORTH_SHARING = usual
+    return scores
+
+
+def share(ranker: LetterRanker, q: Questions) -> float:
+    """Tokens of the histories for one of a candidate set, of which the default is a function."""
     asked = zip(q.histories, q.sets, strict=True)
-    if not worth_sharing([ranker.writer.write_fork(h.tolist(), s.tolist()) for h, s in asked]):
-        raise SystemExit("forks: the histories are too short to be shared")
-    return ranker.set_log_probs(q.histories, q.sets)
+    forks = [ranker.writer.write_fork(h.tolist(), s.tolist()) for h, s in asked]
+    history, one_set = (sum(map(len, p)) for p in zip(*((f.trunk, f.branches[0]) for f in forks)))
+    return round(history / one_set, 2)
 
 
 def apart(ranker: LetterRanker, q: Questions) -> torch.Tensor:
@@ -330,7 +348,6 @@ def compared(
     """The parts that set two ways against each other."""
     live = _ranker(shop, args, ranker.backbone, frozen=True)
     many = Questions(4 * args.prompts, args.items)
-    long = Questions(args.prompts, args.items, LONGEST, LONGEST)
     cached, anew = pictures(ranker, live, q)
     copies = (_ranker(shop, args, deepcopy(ranker.backbone), frozen=True) for _ in range(2))
     ours, stock = tower(*copies, 256)
@@ -344,13 +361,22 @@ def compared(
             lambda: as_they_come(ranker, many, 8),
             args,
         ),
-        "forks": compare(
-            "two sets behind one history",
-            lambda: shared(ranker, long),
-            lambda: apart(ranker, long),
+        "at once": compare(
+            f"{args.few_tokens} tokens at once",
+            lambda: in_passes(ranker, many, args.few_tokens),
+            lambda: in_passes(ranker, many, args.most_tokens),
             args,
         ),
+        **{f"forks, {n} items": forks(ranker, n, args) for n in SHARED},
     }
+
+
+def forks(ranker: LetterRanker, items: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Two candidate sets behind histories of so many items."""
+    q = Questions(args.prompts, args.items, items, items)
+    name = f"two sets behind {items} items"
+    found = compare(name, lambda: shared(ranker, q), lambda: apart(ranker, q), args)
+    return {**found, "history_tokens_for_one_of_a_set": share(ranker, q)}
 
 
 def rate(ranker: LetterRanker, q: Questions, args: argparse.Namespace) -> dict[str, float]:
@@ -405,6 +431,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=4096, help="padded tokens of a batch")
+    parser.add_argument("--few_tokens", type=int, default=6000, help="of a small batch")
+    parser.add_argument("--most_tokens", type=int, default=16_384, help="of a large one")
     parser.add_argument("--nf4", action="store_true", help="rates with 4-bit weights too")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)

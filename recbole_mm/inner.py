@@ -64,6 +64,9 @@ def check_inner(model: str, model_class: Any, final: Final) -> None:
     if inner is None:
         return
     key = model_class.inner_model
+    name = final[key]
+    if name in _OWN_DATASETS:
+        raise UserError(f"--{key}: {name} needs a dataset of its own, {model} needs another model.")
     if final.get("benchmark_filename") and list(final["stages"] or ()) != [key]:
         raise UserError(
             f"benchmark_filename: {model} is trained on each user's sequence, which a ready-made "
@@ -91,8 +94,6 @@ def _check_any(model: str, key: str, inner: Any, final: Final) -> None:
     name = final[key]
     if hasattr(inner, "make_stages") and len(inner.stage_names) > 1:
         raise UserError(f"--{key}: {name} ranks what a retriever found, {model} needs a retriever.")
-    if name in _OWN_DATASETS:
-        raise UserError(f"--{key}: {name} needs a dataset of its own, {model} needs another model.")
     base = get_trainer_base(inner.type, name)
     if base.__name__ not in _PLAIN_TRAINERS and not final.get(f"{key}_from"):
         raise UserError(

@@ -109,21 +109,37 @@ def test_the_controls_differ_in_what_they_are_called_after() -> None:
         assert {name.partition(":")[0] for name in pair} <= {*CONTROLS}
 
 
+def test_each_of_the_rankers_variants_varies_one_key() -> None:
+    first, *others = plan_jobs(read_recipe(["prime_variants"]), {})
+    keys = {"stages": ["retriever", "ranker"]}
+    assert (first.variant, first.keys) == ("full", {**first.keys, **keys})
+    varied = []
+    for job in others:
+        assert job.others["retriever_from"] == "full"
+        MMConfig(job.model, job.dataset, [], job.keys)  # every key is one of PRIME's
+        (new,) = set(job.keys) - set(first.keys) - {"retriever_from"}
+        varied.append((new, str(job.keys[new])))
+    assert len(set(varied)) == len(varied) == 13
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["prime_controls", "prime_variants"])
 @pytest.mark.parametrize("dataset", ["amazon-beauty", "ml-latest-small"])
-def test_the_controls_run_by_one_command(
-    dataset: str, real_tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_table_runs_by_one_command(
+    recipe: str, dataset: str, real_tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     flags = [f"--dataset={dataset}", f"--data_path={real_tables}", "--show_progress=False"]
     quick = ["--limit_users=300", "--epochs=2", "--ranker_max_steps=3", "--preference_max_steps=2"]
-    named = ["--config_files=prime_controls", "--backbone=tiny", "--seed=1"]
+    named = [f"--config_files={recipe}", "--backbone=tiny", "--seed=1"]
     assert main([*flags, *quick, *named, "--result_file=r.json"]) == 0
     results = json.loads((tmp_path / "r.json").read_text())
-    assert [result["variant"] for result in results] == list(CONTROLS)
+    planned = [job.variant for job in plan_jobs(read_recipe([recipe]), {"seed": "1"})]
+    assert [result["variant"] for result in results] == planned
     last = {result["variant"]: list(result["stages"])[-1] for result in results}
-    assert {name for name, stage in last.items() if stage == "preference"} == {*CONTROLS[5:]}
-    assert {last[name] for name in CONTROLS[:5]} == {"ranker"}
+    optimised = {name for name, stage in last.items() if stage == "preference"}
+    assert optimised == ({*CONTROLS[5:]} if recipe == "prime_controls" else set())
+    assert set(last.values()) <= {"ranker", "preference"}
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from recbole_mm.data.content import ItemContent
 from recbole_mm.errors import UserError
+from recbole_mm.model.layers.kept_vectors import make_room
 from recbole_mm.model.layers.msr_parts import build
 from recbole_mm.model.layers.ranking import PrefixSamples
 from recbole_mm.model.layers.sft_stage import (
@@ -49,6 +50,7 @@ from recbole_mm.model.layers.summaries import ITEM_TEXTS, PREF_MODES
 from recbole_mm.stage import Readout, Stage, StageSettings
 
 ORDERS = ("pref_first", "item_first")
+_MOST_ANSWERS = 1 << 22  # kept: a number each
 Ids = tuple[int, ...]
 
 
@@ -172,6 +174,7 @@ class MLLMMSR(SequentialRecommender):
             for history, row in zip(histories, items.tolist(), strict=True)
             for item in row
         ]
+        make_room(self._kept, _MOST_ANSWERS)
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self._kept]
         if new:
             self.summaries.prefer(dict.fromkeys(history for history, _ in new))

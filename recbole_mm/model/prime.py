@@ -36,6 +36,7 @@ from torch import Tensor
 
 from recbole_mm.data.content import ItemContent
 from recbole_mm.errors import UserError
+from recbole_mm.model.layers.kept_vectors import make_room
 from recbole_mm.model.layers.preference import SET_PROBS
 from recbole_mm.model.layers.preference_stage import (
     LABELERS,
@@ -242,6 +243,7 @@ class PRIME(SequentialRecommender):
         histories = self._histories(interaction)
         rows = candidates.cpu().numpy()
         keys = [h.tobytes() + b"|" + c.tobytes() for h, c in zip(histories, rows, strict=True)]
+        make_room(self._kept)
         new = {key: row for row, key in enumerate(keys) if key not in self._kept}
         if new:
             asked, back = self.in_prompt_order(rows[list(new.values())])

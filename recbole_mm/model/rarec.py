@@ -281,8 +281,10 @@ def _attributes(config: Any, content: ItemContent) -> list[str]:
     """Those of the configured attributes that the dataset has.
 
     Raises:
-        UserError: it has none.
+        UserError: it has none, or none is configured.
     """
+    if not config["attributes"]:
+        raise UserError("attributes is empty: name what the language model is to read, [title].")
     found = [name for name in config["attributes"] if name in content.attributes]
     path = content.path("text")
     if not path.is_file():

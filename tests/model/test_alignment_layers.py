@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from recbole_mm.model.layers.alignment import (
     in_batch_softmax,
     info_nce,
 )
+from recbole_mm.model.layers.kept_vectors import KeptVectors
 
 N, B, D, H = 3, 4, 5, 6
 
@@ -184,3 +186,18 @@ def test_concatenation_reads_both() -> None:
     assert found.shape == (2, 5)
     assert not torch.allclose(network(vectors + 1, texts), found)
     assert not torch.allclose(network(vectors, texts + 1), found)
+
+
+def test_no_more_vectors_are_kept_than_the_newest() -> None:
+    asked: list[list[int]] = []
+
+    def compute(histories: list[np.ndarray]) -> torch.Tensor:
+        asked.append([int(h[0]) for h in histories])
+        return torch.tensor([[float(h[0])] for h in histories])
+
+    kept = KeptVectors(most=2)
+    for items in ([1, 2, 3], [3, 1], [2, 3], [4, 3]):
+        found = kept.of([np.array([item]) for item in items], compute)
+        assert found.flatten().tolist() == items
+    assert asked == [[1, 2, 3], [1], [2], [4, 3]]  # 1, 2 and 3 were the oldest of three in turn
+    assert len(kept._kept) == 4  # two, and those of the last call

@@ -99,6 +99,7 @@ def test_positions_score_as_rows_of_their_own(
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
+        ({"retriever": "KSR"}, "--retriever: KSR needs a dataset of its own"),
         ({"retriever": "SASrec"}, r"--retriever: there is no model 'SASrec' \(did you mean 'SASR"),
         ({"retriever": "BPR"}, "--retriever: BPR is no sequential model, PRIME needs one"),
         ({"retriever": "PRIME"}, "--retriever: PRIME is no sequential model"),

@@ -46,6 +46,7 @@ def test_keys_that_cannot_work(mini: Path, in_folder: Path) -> None:
         ({"id_model": "HGN", "stages": ["id_model"]}, "no products of a user's and an item's"),
         ({"id_model": "ComiRec"}, "or, with n_interests 1, ComiRec"),
         ({"attributes": None}, "attributes: expected a list such as"),
+        ({"attributes": []}, "attributes is empty: name what"),
         ({"cache_dir": None}, "cache_dir: expected a text such as"),
         ({"n_buckets": None}, "n_buckets: expected a list such as"),
         ({"task": None}, "task: expected a text such as"),
