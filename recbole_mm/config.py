@@ -68,6 +68,8 @@ _FIELDS_OF_TRANSFORMS = (
     *("MASK_INDEX", "MASK_ITEM_SEQ", "POS_ITEMS", "NEG_ITEMS", "INVERSE_ITEM_SEQ"),
     *("CROP_ITEM_SEQ", "CROP_ITEM_SEQ_LEN", "REORDER_ITEM_SEQ"),
 )
+# A step with `train_mode: whole`, where no YAML says another: RecBole's 2048 are rows of one target.
+_WHOLE_USERS = 128
 # Keys of a backbone's description that its `settings` may hold, see `BackboneSpec`.
 SPEC_KEYS = ("dtype", "quantize", "attention", "min_pixels", "max_pixels", "image_pooling")
 # What may differ between two calls of one and the same experiment.
@@ -323,6 +325,9 @@ class MMConfig(Config):
             loss = self.external_config_dict.get("loss_type", internal.get("loss_type"))
             if loss == "CE" and not hasattr(model_class, "input_type"):
                 internal["train_neg_sample_args"] = None  # every item is a negative
+        mode = self.external_config_dict.get("train_mode", internal["train_mode"])
+        if mode == "whole" and internal["train_batch_size"] == recbole_own["train_batch_size"]:
+            internal["train_batch_size"] = _WHOLE_USERS
         if internal["load_col"] == {
             "inter": ["user_id", "item_id"]
         }:  # RecBole's sample.yaml: no time

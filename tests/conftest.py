@@ -20,6 +20,22 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_tables(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Amazon Beauty (text alone) and MovieLens with posters as atomic files."""
+    from dataset_tools.__main__ import main
+
+    out = tmp_path_factory.mktemp("dataset")
+    for name, kind, rows in (
+        ("amazon-beauty", "--sequences", "sequences.tsv"),
+        ("ml-latest-small", "--interactions", "interactions.tsv"),
+    ):
+        source = shared_data / name
+        flags = ["--name", name, kind, str(source / rows), "--items", str(source / "items.tsv")]
+        assert main(["table", *flags, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
 def demo_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds `mm-demo`, drawn once: that takes longer than many a run on it."""
     from recbole_mm.data.demo import make_demo

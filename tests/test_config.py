@@ -131,6 +131,14 @@ def test_mistakes_are_told(overrides: dict[str, str], sentence: str) -> None:
         config(**overrides)
 
 
+def test_a_step_of_whole_rows_is_of_fewer_users_than_rows() -> None:
+    assert config("SASRec")["train_batch_size"] == 2048
+    assert config("SASRec", train_mode="whole")["train_batch_size"] == 128
+    assert config("SASRec", train_mode="whole", train_batch_size="2048")["train_batch_size"] == 2048
+    assert config("LRURec")["train_batch_size"] == 64  # its own YAML says so
+    assert config("PRIME", retriever="SASRec", train_mode="whole")["train_batch_size"] == 128
+
+
 def test_a_model_that_cannot_train_whole_says_so() -> None:
     with pytest.raises(UserError, match="NARM does not train in mode 'whole'"):
         config("NARM", train_mode="whole")

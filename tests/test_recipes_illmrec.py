@@ -51,6 +51,35 @@ def test_a_recipe_runs_by_one_command(
         assert result["stages"]["cf"]["stopped"] == "given"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "dataset"),
+    [
+        (name, dataset)
+        for name in RECIPES
+        for dataset in ("ml-latest-small", "amazon-beauty")
+        if name != "illmrec_table6" and (name, dataset) != ("illmrec_table3", "amazon-beauty")
+    ],
+)
+def test_a_recipe_runs_on_films_and_cosmetics(
+    name: str, dataset: str, real_tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the documented command, on a few users: films have posters, cosmetics no pictures."""
+    monkeypatch.chdir(tmp_path)
+    films = dataset == "ml-latest-small"
+    words = ["--train_batch_size=32"] if films else ["--missing_image_rate=1", "--eval_users=2000"]
+    if name == "illmrec_figure6":  # neither has descriptions, which it compares
+        words.append("--columns={'title': 'title', 'description': 'title'}")
+    few = ["--limit_users=100", "--epochs=1", "--cf_max_steps=2", "--alignment_max_steps=2"]
+    flags = [f"--dataset={dataset}", f"--data_path={real_tables}", "--show_progress=False"]
+    named = [f"--config_files={name}", "--backbone=tiny", "--result_file=r.json"]
+    assert main([*flags, *few, *named, *words]) == 0
+    results = json.loads((tmp_path / "r.json").read_text())
+    variants = read_yaml(PAPER / f"{name}.yaml")["variants"]
+    assert [result["variant"] for result in results] == list(variants)
+    assert {result["limit_users"] for result in results} == {100}
+
+
 def test_all_recipes_train_one_cf_model() -> None:
     """So that `--cf_from` may give one run's to all of them."""
     network = ("cf", "hidden_size", "n_layers", "n_heads", "inner_size", "hidden_dropout_prob")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from dataset_tools.__main__ import main as tools
 from recbole_mm.cli import main
 from recbole_mm.config import MMConfig
 from recbole_mm.jobs import plan_jobs, read_recipe
@@ -32,20 +31,6 @@ VARIED = {
     "without_title": {"attributes": ["image", "price", "brand", "categories"]},
     **{f"k{k}": {"n_candidates": k} for k in (5, 10, 15, 20)},
 }
-
-
-@pytest.fixture(scope="module")
-def real_tables(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Amazon Beauty (text alone) and MovieLens with posters as atomic files."""
-    out = tmp_path_factory.mktemp("dataset")
-    for name, kind, rows in (
-        ("amazon-beauty", "--sequences", "sequences.tsv"),
-        ("ml-latest-small", "--interactions", "interactions.tsv"),
-    ):
-        source = shared_data / name
-        flags = ["--name", name, kind, str(source / rows), "--items", str(source / "items.tsv")]
-        assert tools(["table", *flags, "--out", str(out)]) == 0
-    return out
 
 
 def backbone_of(name: str) -> str:
