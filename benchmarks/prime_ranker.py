@@ -13,7 +13,7 @@ ratios go to benchmarks/results/prime_ranker.json.
 - pictures: features of the frozen tower read from the cache, or every picture encoded anew.
 - head: the K letters' rows of the head at the answer, or the whole vocabulary at every token.
 - batches: prompts of like length together, or as they come; four times as many, eight a batch.
-- at once: four times as many prompts in passes of `--few_tokens` padded tokens, or of `--most_tokens`.
+- at once: four times as many prompts in passes of `--few_tokens` padded tokens, or `--most_tokens`.
 - forks: two candidate sets behind one history, or a prompt for each, over the history's length.
 - rates: prompts a second, against the floor of a matrix product and, with `--nf4`, in 4 bits.
 - generation (the paper's figure 7): one forward pass and K letters, or a list of the K candidates
@@ -243,8 +243,8 @@ def share(ranker: LetterRanker, q: Questions) -> float:
     """Tokens of the histories for one of a candidate set, of which the default is a function."""
     asked = zip(q.histories, q.sets, strict=True)
     forks = [ranker.writer.write_fork(h.tolist(), s.tolist()) for h, s in asked]
-    history, one_set = (sum(map(len, p)) for p in zip(*((f.trunk, f.branches[0]) for f in forks)))
-    return round(history / one_set, 2)
+    history = sum(len(fork.trunk) for fork in forks)
+    return round(history / sum(len(fork.branches[0]) for fork in forks), 2)
 
 
 def apart(ranker: LetterRanker, q: Questions) -> torch.Tensor:

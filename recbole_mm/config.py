@@ -68,7 +68,7 @@ _FIELDS_OF_TRANSFORMS = (
     *("MASK_INDEX", "MASK_ITEM_SEQ", "POS_ITEMS", "NEG_ITEMS", "INVERSE_ITEM_SEQ"),
     *("CROP_ITEM_SEQ", "CROP_ITEM_SEQ_LEN", "REORDER_ITEM_SEQ"),
 )
-# A step with `train_mode: whole`, where no YAML says another: RecBole's 2048 are rows of one target.
+# Users a step with `train_mode: whole`, if no YAML says another; RecBole's 2048 are single targets.
 _WHOLE_USERS = 128
 # Keys of a backbone's description that its `settings` may hold, see `BackboneSpec`.
 SPEC_KEYS = ("dtype", "quantize", "attention", "min_pixels", "max_pixels", "image_pooling")
