@@ -155,6 +155,23 @@ def test_an_alignment_with_other_id_vectors(mini: Path, in_folder: Path) -> None
     run("RARec", "mini", overrides={**text_alone, "seed": 7, "alignment_from": there})
 
 
+def test_an_alignment_with_another_frozen_language_model(
+    mini: Path, in_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A seed draws a tiny one's weights; told before the ID model is trained."""
+    flags = {**SMALL, "data_path": str(mini), "tune": "alignment", "use_id": False}
+    flags |= {"n_instructions": 2, "distill": 0}
+    there = run("RARec", "mini", overrides=flags)["run_dir"]
+    for changes, says in (
+        ({"seed": 7}, "of another language model"),
+        ({"n_instructions": 3}, "do not fit"),
+    ):
+        caplog.clear()
+        with pytest.raises(UserError, match=f"alignment_from: .* {says}"):
+            run("RARec", "mini", overrides={**flags, "alignment_from": there, **changes})
+        assert "id_model epoch" not in caplog.text
+
+
 @pytest.mark.parametrize("make", [encoders.t5, encoders.clip])
 def test_a_backbone_of_a_class_that_takes_no_prefix(mini: Path, in_folder: Path, make: Any) -> None:
     folder = make(in_folder / "weights")

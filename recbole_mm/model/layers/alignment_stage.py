@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -279,10 +280,28 @@ class AlignmentStage(Stage):
     # --- what is saved ---------------------------------------------------------------------
     def state(self) -> dict[str, Tensor]:
         """Trained weights only, and the marks of the texts' tokenizer and of the ID vectors."""
-        trained = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad}
-        texts = self.model.aligned.language_model.fingerprint
         ids = self.model.ids.fingerprint() if self.model.aligned.use_id else ""
-        return {**trained, _TEXTS: _mark(texts), _IDS: _mark(ids)}
+        return {**self._own(), _IDS: _mark(ids)}
+
+    def _own(self) -> dict[str, Tensor]:
+        """What of the state does not depend on the ID model."""
+        trained = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad}
+        model = self.model.aligned.language_model
+        frozen = "" if self.model.aligned.trains_model else model.version
+        return {**trained, _TEXTS: _mark(model.fingerprint + frozen)}
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Compares the language model, names and shapes; the ID model may not be there yet.
+
+        Raises:
+            UnfitWeightsError: they belong to another language model or another alignment.
+        """
+        own = self._own()
+        if not _same(state.get(_TEXTS), own[_TEXTS]):
+            raise UnfitWeightsError("they are of another language model or of other item texts")
+        theirs = {k: v.shape for k, v in state.items() if k != _IDS}
+        if theirs != {k: v.shape for k, v in own.items()}:
+            raise UnfitWeightsError("they do not fit this alignment")
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes back what `state` gave.
@@ -291,12 +310,9 @@ class AlignmentStage(Stage):
             UnfitWeightsError: they belong to another language model, another ID model or another
                 alignment.
         """
+        self.check_state(state)
         own = self.state()
-        if not _same(state.get(_TEXTS), own[_TEXTS]):
-            raise UnfitWeightsError("they are of another language model or of other item texts")
-        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
-            raise UnfitWeightsError("they do not fit this alignment")
-        if not _same(state[_IDS], own[_IDS]):
+        if not _same(state.get(_IDS), own[_IDS]):
             raise UnfitWeightsError(
                 "they were aligned with an ID model of other weights or with another id_scale"
             )
@@ -333,9 +349,9 @@ class AlignmentStage(Stage):
         self.model.alpha = float(finished.get("fusion_alpha", 0.0))
 
 
-def _mark(digest: str) -> Tensor:
-    """Hex digits as numbers, to be kept among weights. Shape: (n,)."""
-    return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
+def _mark(said: str) -> Tensor:
+    """SHA-256 of a text as numbers, to be kept among weights. Shape: (32,)."""
+    return torch.tensor(list(hashlib.sha256(said.encode()).digest()), dtype=torch.uint8)
 
 
 def _same(mark: Tensor | None, own: Tensor) -> bool:

@@ -174,8 +174,8 @@ class ImageStage(Stage):
         mark = torch.tensor(list(bytes.fromhex(self.model.fingerprint)), dtype=torch.uint8)
         return {**{name: p.detach() for name, p in self._trained().items()}, _FINGERPRINT: mark}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes back what `state` gave.
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Compares tokenizer, names and shapes with this one's own.
 
         Raises:
             UnfitWeightsError: they belong to another language model or to other features.
@@ -186,6 +186,14 @@ class ImageStage(Stage):
             raise UnfitWeightsError("they are of another language model or of other item texts")
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
             raise UnfitWeightsError("they do not fit these features")
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes back what `state` gave.
+
+        Raises:
+            UnfitWeightsError: see `check_state`.
+        """
+        self.check_state(state)
         with torch.no_grad():
             for name, parameter in self._trained().items():
                 parameter.copy_(state[name])
