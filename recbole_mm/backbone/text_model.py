@@ -192,7 +192,7 @@ def load_text_model(
         said = source.json("modules.json") is not None or not decodes
         pooling = found.how if said else "last"
     tokenizer = found.tokens.tokenizer
-    return TextModel(spec.name, found.model, tokenizer, pooling, f"{source.id} {source.revision}")
+    return TextModel(spec.name, found.model, tokenizer, pooling, source.revision)
 
 
 class _Plain:

@@ -102,5 +102,6 @@ def _pictures(config: Any, dataset: Any) -> Tensor:
         standardize=config["standardize"],
         cache=Path(config["cache_dir"]),
         seed=config["seed"],
+        instead="take BPR, which is this model without them",
     )
     return FeatureReader(how, content, [], config["show_progress"]).read("img").table

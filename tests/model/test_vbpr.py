@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,7 @@ def test_it_runs_as_a_general_model(mini: Path, in_folder: Path) -> None:
     assert 0 < result["test"]["hit@20"] <= 1
     with pytest.raises(UserError, match=r"image_features: there is no .*mini\.siglip\.npy"):
         run("VBPR", "mini", overrides={**flags, "image_features": "siglip"})
+    (in_folder / "bare").mkdir()
+    shutil.copy(mini / "mini" / "mini.inter", in_folder / "bare" / "bare.inter")
+    with pytest.raises(UserError, match="no item of bare has a picture: take BPR, which is"):
+        run("VBPR", "bare", overrides={**flags, "data_path": str(in_folder)})

@@ -279,7 +279,8 @@ class AlignmentStage(Stage):
 
     # --- what is saved ---------------------------------------------------------------------
     def state(self) -> dict[str, Tensor]:
-        """Trained weights only, and the marks of the texts' tokenizer and of the ID vectors."""
+        """Trained weights only, and marks of what they belong to: tokenizer, frozen language model,
+        ID vectors."""
         ids = self.model.ids.fingerprint() if self.model.aligned.use_id else ""
         return {**self._own(), _IDS: _mark(ids)}
 

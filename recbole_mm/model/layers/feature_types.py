@@ -56,6 +56,7 @@ class FeatureSettings:
         standardize: whether each dimension is given mean 0 and deviation 1.
         cache: where what is computed here is kept.
         seed: of the draw.
+        instead: what to do where no item has a picture.
     """
 
     image: str
@@ -65,6 +66,10 @@ class FeatureSettings:
     standardize: bool
     cache: Path
     seed: int
+    instead: str = (
+        "set item_repr: attribute and ire_features: [cf,text], or missing_image_rate: 1.0, which "
+        "puts texts in their place"
+    )
 
     @classmethod
     def of(cls, config: Any) -> FeatureSettings:
@@ -122,9 +127,7 @@ class FeatureReader:
         found = self._named("image_features", how.image)
         if not found.known.any() and how.missing_rate < 1:
             raise UserError(
-                f"image_features: no item of {self.content.dataset} has a picture: set "
-                "item_repr: attribute and ire_features: [cf,text], or missing_image_rate: 1.0, "
-                "which puts texts in their place."
+                f"image_features: no item of {self.content.dataset} has a picture: {how.instead}."
             )
         shown = _without(found.known, how.missing_rate, how.seed)
         pictures = self._scaled(Features(found.table, shown))
