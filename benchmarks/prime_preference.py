@@ -122,7 +122,7 @@ def main() -> None:
         "dataset": args.dataset,
         "steps": int(args.steps),
         **SETTINGS,
-        **more,
+        **{key: value for key, value in more.items() if not key.endswith("_from")},  # places
         "rows": summary(args.work, seeds, runs),
     }
     args.out.parent.mkdir(exist_ok=True)
