@@ -69,7 +69,7 @@ def test_a_recipe_runs_on_films_and_cosmetics(
     films = dataset == "ml-latest-small"
     words = ["--train_batch_size=32"] if films else ["--missing_image_rate=1", "--eval_users=2000"]
     if name == "illmrec_figure6":  # neither has descriptions, which it compares
-        words.append("--columns={'title': 'title', 'description': 'title'}")
+        words += ["--columns={'title': 'title', 'description': 'title'}", "--max_context=1024"]
     few = ["--limit_users=100", "--epochs=1", "--cf_max_steps=2", "--alignment_max_steps=2"]
     flags = [f"--dataset={dataset}", f"--data_path={real_tables}", "--show_progress=False"]
     named = [f"--config_files={name}", "--backbone=tiny", "--result_file=r.json"]
